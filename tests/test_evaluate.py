@@ -1,0 +1,86 @@
+"What the cells of 07_evaluate can't hold: reference outputs of other libraries, properties, size and memory"
+import math, resource, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from drift_rae.core import stream
+from drift_rae.evaluate import *
+
+HERE = Path(__file__).parent
+fixture = lambda name: np.load(HERE/'fixtures'/f'{name}.npz')
+
+
+@pytest.mark.parametrize('case', ['full', 'rankdef'])
+def test_frechet_distance_equals_reference(case):
+    "clean-fid, torch-fidelity, scipy and a float64 SVD of the data; fewer samples than dimensions in `rankdef`"
+    z = fixture('fd')
+    x, y = z[f'{case}_x'], z[f'{case}_y']
+    assert frechet_distance(x, y) == pytest.approx(float(z[f'{case}_fd_svd_data']), rel=1e-10)
+    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(float(z[f'{case}_fd_svd_data']), rel=1e-6)
+    assert frechet_distance(torch.tensor(x), y) == pytest.approx(float(z[f'{case}_fd_clean_fid']), rel=1e-6)
+
+
+@pytest.mark.parametrize('case', ['sym', 'dups'])
+@pytest.mark.parametrize('k', [3, 5])
+def test_precision_recall_equals_reference(case, k):
+    z = fixture('pr')
+    gen, real = z[f'{case}_gen'], z[f'{case}_real']
+    expected = float(z[f'{case}_k{k}_precision']), float(z[f'{case}_k{k}_recall'])
+    assert precision_recall(gen, real, k) == expected
+    assert precision_recall(gen, real, k, memory=.002) == expected
+    order = np.random.RandomState(0).permutation(len(gen))
+    assert precision_recall(gen[order], real[order[::-1]], k) == expected
+
+
+def test_kernel_distance_equals_torch_fidelity():
+    z = fixture('kid')
+    mean, std = kernel_distance(z['x'], z['y'])
+    assert mean == pytest.approx(float(z['tf_mean']), rel=1e-4)
+    assert std == pytest.approx(float(z['tf_std']), rel=1e-4)
+
+
+def test_inception_score_equals_torch_fidelity():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    logits = torch.randn(503, 20, generator=stream(0, 'logits'))*3
+    theirs = isc_features_to_metric(logits)
+    assert inception_score(logits) == pytest.approx((theirs['inception_score_mean'], theirs['inception_score_std']), rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(5, 30), st.integers(5, 30), st.integers(1, 3), st.integers(1, 4), st.sampled_from([0., 1e3]))
+def test_precision_recall_is_exact_with_many_ties(seed, n, m, d, k, offset):
+    "Integer features in few dimensions: most distances occur many times, and a far-off origin makes products inexact"
+    g = stream(seed, 'ties')
+    a, b = (torch.randint(0, 3, (size, d), generator=g).double() + offset for size in (n, m))
+    radius = lambda x: (x[:, None] - x).square().sum(-1).sort(1).values[:, k]
+    dist = (a[:, None] - b).square().sum(-1)
+    expected = (dist <= radius(b)).any(1).double().mean().item(), (dist.T <= radius(a)).any(1).double().mean().item()
+    assert precision_recall(a, b, k) == expected
+    assert precision_recall(a, b, k, memory=1e-6) == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(2, 40), st.integers(1, 20))
+def test_frechet_distance_by_data_and_by_statistics(seed, n, m, d):
+    "Any number of samples against any number of dimensions; symmetric; the order of the samples does not count"
+    g = stream(seed, 'shapes')
+    a, b = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g)*2 + 1
+    value = frechet_distance(a, b)
+    assert value == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert value == pytest.approx(frechet_distance(a[torch.randperm(n, generator=g)], b), rel=1e-9)
+    assert value == pytest.approx(frechet_distance(statistics(a), statistics(b)), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize('f, message', [
+    (lambda x: frechet_distance(x, x*math.nan), 'NaN'),
+    (lambda x: frechet_distance(x, x[:, :3]), 'different extractors'),
+    (lambda x: frechet_distance(x[:1], x), 'too few'),
+    (lambda x: precision_recall(x, x, 0), 'k=0'),
+    (lambda x: precision_recall(x[None], x), 'shape'),
+    (lambda x: kernel_distance(x, x), 'at least 1000'),
+    (lambda x: inception_score(x[:9]), 'at least 10'),
+    (lambda x: evaluate_features(x*math.inf, x), 'generated features'),
+])
+def test_one_sentence(f, message):
+    with pytest.raises(ValueError, match=message) as e: f(torch.randn(50, 4))
+    assert '\n' not in str(e.value)
