@@ -7,14 +7,18 @@ __all__ = ['MODELS', 'RESUME', 'ParameterError', 'number', 'text', 'check_parame
            'write_json', 'save_weights', 'load_weights', 'weights_path', 'versions', 'limit_threads', 'Progress',
            'linear_decay', 'ema_decay', 'ema_update', 'fit']
 
-# %% ../nbs/01a_core.ipynb #e11f42e3
-import hashlib, json, math, os, sys, tempfile, time
+# %% ../nbs/01a_core.ipynb #996e7d9f
+import hashlib, json, math, os, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Callable
 import torch
 from torch import Tensor, nn
+
+# %% ../nbs/01a_core.ipynb #ba76b7df
+# tqdm, which timm's downloads use, complains in every notebook of a machine without ipywidgets; nothing here draws widgets
+warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/01a_core.ipynb #de86ebfe
 class ParameterError(ValueError):
@@ -82,7 +86,7 @@ def image_noise(
         out.append(torch.randn(shape, generator=stream(seed, 'image', label, index)))
     return torch.stack(out) if out else torch.empty(0, *shape)
 
-# %% ../nbs/01a_core.ipynb #0aca41f8
+# %% ../nbs/01a_core.ipynb #9f7a142e
 @contextmanager
 def atomic(
     path:str|Path, # the file to appear
@@ -93,6 +97,7 @@ def atomic(
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield temporary
+        temporary.chmod(0o644) # some writers leave files that only their owner can read
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
