@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_features', 'FeatureStatistics', 'statistics', 'frechet_distance', 'frechet_bias', 'frechet_interval',
-           'precision_recall', 'KernelDistance', 'kernel_distance', 'inception_score', 'evaluate_features', 'Reference',
-           'save_reference', 'load_reference', 'evaluate_images']
+           'precision_recall', 'nearest_neighbours', 'KernelDistance', 'kernel_distance', 'inception_score',
+           'evaluate_features', 'Reference', 'save_reference', 'load_reference', 'evaluate_images']
 
 # %% ../nbs/07_evaluate.ipynb #bd3840b3
 import hashlib, json, zipfile
@@ -191,7 +191,19 @@ def precision_recall(
     recall = _inside(real, gen, _radii(gen, k, block(len(gen))), block(len(gen)))
     return precision, recall
 
-# %% ../nbs/07_evaluate.ipynb #d3574c74
+# %% ../nbs/07_evaluate.ipynb #5a356fc7
+def nearest_neighbours(
+    a, # features [N, D]
+    b, # features [M, D]
+    memory:float=.5, # GB for one block of distances
+)->tuple: # (distance to the nearest row of b [N], its index [N])
+    "The row of b that is nearest to each row of a"
+    a, b = _pair(a, b, 1)
+    block = max(1, min(4096, int(memory*1e9/3/8/len(b))))
+    index = torch.cat([_squared(a[i:i+block], b)[0].argmin(1) for i in range(0, len(a), block)])
+    return (a.double() - b[index].double()).norm(dim=1), index
+
+# %% ../nbs/07_evaluate.ipynb #57ecac08
 class KernelDistance(NamedTuple):
     "Mean of the squared MMD over subsets, and its standard deviation over subsets; float() gives the mean"
     mean: float
@@ -215,7 +227,8 @@ def kernel_distance(
     a, b = _pair(a, b, subset_size)
     rng = np.random.RandomState(seed)
     a, b = a.double(), b.double()
-    values = [float(_mmd(a[rng.choice(len(a), subset_size, replace=False)], b[rng.choice(len(b), subset_size, replace=False)])) for _ in range(subsets)]
+    pick = lambda x: x[torch.from_numpy(rng.choice(len(x), subset_size, replace=False))]
+    values = [float(_mmd(pick(a), pick(b))) for _ in range(subsets)]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 # %% ../nbs/07_evaluate.ipynb #e9bb7ae3
@@ -260,7 +273,7 @@ def evaluate_features(
     if logits is not None: out['is'], out['is_std'] = inception_score(logits)
     return out
 
-# %% ../nbs/07_evaluate.ipynb #e206f876
+# %% ../nbs/07_evaluate.ipynb #0385fada
 @dataclass
 class Reference:
     "What generated features are compared with: statistics for the Frechet distance, features for precision and recall"
@@ -289,7 +302,7 @@ def _read_statistics(path, extractor):
         return FeatureStatistics(mu, (sigma + sigma.T)/2, int(z['n']) if 'n' in z else 0), torch.from_numpy(z['balls']) if 'balls' in z else None
 
 def load_reference(
-    path:str|Path, # folder of images, npz of images, ADM npz, or what `save_reference` wrote
+    path:str|Path|Images, # folder of images, npz of images, ADM npz, what `save_reference` wrote, or images themselves
     extractor:Extractor, # of the features
     *,
     balls:int=10_000, # reference images of precision and recall
@@ -297,20 +310,21 @@ def load_reference(
     batch:int=32, # images that go through the network together
 )->Reference:
     "A reference from images or statistics, with a record of what it was"
-    known, features, size, record = None, None, None, dict(file=Path(path).name)
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    given = isinstance(path, Images)
+    known, features, size, record = None, None, None, {} if given else dict(file=Path(path).name)
+    names = zipfile.ZipFile(path).namelist() if not given and zipfile.is_zipfile(path) else []
     if 'mu.npy' in names and 'sigma.npy' in names: known, features = _read_statistics(path, extractor)
     if known: record['statistics_hash'] = hashlib.sha256(known.mu.numpy().tobytes() + known.sigma.numpy().tobytes()).hexdigest()[:16]
     every = None
     if not names or 'arr_0.npy' in names:
-        images = open_images(path)
+        images = path if given else open_images(path)
         f = cached_features(images, extractor, cache, batch)
         every, size, record = f.features, images.size, dict(record, images=dict(images.describe(), hash=f.data_hash))
         features = every[:balls]     # rows lie in the order of the images' hashes, so the first ones are a random choice
     known = known or statistics(every)
     return Reference(known, features, dict(record, n_statistics=known.n or 'not recorded in the file', n_balls=0 if features is None else len(features)), size)
 
-# %% ../nbs/07_evaluate.ipynb #26ec5bb9
+# %% ../nbs/07_evaluate.ipynb #d51bba77
 def evaluate_images(
     images:Images, # generated images
     reference:Reference, # of the same extractor
@@ -319,6 +333,7 @@ def evaluate_images(
     k:int=3, # of precision and recall
     bootstrap:int=0, # resampled sets for the interval
     kernel:int=0, # subset size of the kernel distance
+    labels=None, # the class each image should have, for the accuracy of an extractor that is a classifier of these classes
     seed:int=0, # of the bootstrap
     cache:str|Path='', # see `cached_features`; not for a generator, whose images would be made twice
     batch:int=32, # images that go through the network together
@@ -328,5 +343,8 @@ def evaluate_images(
     if reference.size and tuple(images.size) != tuple(reference.size):
         raise ParameterError(f"generated images have {images.size[0]} x {images.size[1]} pixels and the reference {reference.size[0]} x {reference.size[1]}")
     f = cached_features(images, extractor, cache, batch)
-    metrics = evaluate_features(f.features, reference.statistics, k=k, balls=reference.balls, logits=f.values.get('logits'), bootstrap=bootstrap, kernel=kernel, seed=seed)
+    place = lambda x: None if x is None else x.to(extractor.device)
+    s, logits = reference.statistics, f.values.get('logits')
+    metrics = evaluate_features(place(f.features), FeatureStatistics(place(s.mu), place(s.sigma), s.n), k=k, balls=place(reference.balls), logits=logits, bootstrap=bootstrap,
+        kernel=kernel, seed=seed, labels=None if labels is None else torch.as_tensor(labels)[f.order], predicted=None if labels is None else logits.argmax(1))
     return metrics, protocol(extractor, images.describe(), f.data_hash, reference.record, k=k, bootstrap=bootstrap, bootstrap_seed=seed, kernel=kernel, **settings)
