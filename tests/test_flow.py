@@ -1,13 +1,15 @@
 "DiT^DH and flow matching: what a notebook cell can't hold (every option, damaged files, properties)"
-import itertools, json, math
+import itertools, json, subprocess, sys
+from dataclasses import asdict
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from drift_rae import flow
-from drift_rae.core import ParameterError, save_weights, stream
-from drift_rae.ditdh import sincos_table
+from drift_rae.autoencoder import RAE
+from drift_rae.core import ParameterError, image_noise, load_weights, save_weights, stream, weights_path
 from drift_rae.flow import (DiTDH, FlowConfig, default_shift, flow_loss, guided_velocity, load_teacher, one_step, preset,
                             sample, sample_time, save_teacher, time_grid, time_shift, train_teacher)
+from drift_rae.judge import load_judge
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'
@@ -299,6 +301,35 @@ def test_wrong_files(tmp_path, official):
                        ((tmp_path/'none.pt',), 'no file'), ((tmp_path,), 'teacher.safetensors'), (('xl',), 'does not ship'), ((tmp_path/'small.pt', 'huge'), 'unknown preset')):
         with pytest.raises(ParameterError) as e: load_teacher(*what)
         assert says in str(e.value) and '\n' not in str(e.value)
+
+# ---- the teacher that ships ----
+
+def test_shipped_teacher():
+    "Its file names its training, and its samples are digits of the class asked for"
+    about, teacher = load_weights(weights_path('tiny/teacher'))[1], load_teacher('tiny')
+    assert about['model'] == DiTDH(**preset('tiny')).config and teacher.shift == about['shift'] == FlowConfig.preset('tiny').shift
+    assert about['flow'] == json.loads(json.dumps(asdict(FlowConfig.preset('tiny')))) and len(about['losses']) == about['flow']['steps']
+    rae, judge, y = RAE.from_pretrained('tiny'), load_judge(), torch.arange(10).repeat(20)
+    with torch.no_grad(): right = judge.predict(rae.decode(sample(teacher, image_noise(y, (32, 4, 4), 5), y))) == y
+    assert right.float().mean() > .9
+
+NOTEBOOK = Path(__file__).parent.parent/'nbs'/'05_flow.ipynb'
+
+def papermill(tmp_path, **parameters):
+    given = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
+    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', str(NOTEBOOK), str(tmp_path/'out.ipynb'), *given], capture_output=True, text=True)
+
+def test_rebuild_writes_a_teacher(tmp_path):
+    run = papermill(tmp_path, rebuild=1, steps=5, out=tmp_path/'new', seed=3)
+    assert run.returncode == 0, run.stderr[-2000:]
+    about = load_weights(tmp_path/'new'/'teacher.safetensors')[1]
+    assert about['flow']['steps'] == len(about['losses']) == 5 and about['seed'] == 3
+    assert load_teacher(tmp_path/'new').shift == 2.
+
+@pytest.mark.parametrize('parameters,says', [(dict(model='xl'), 'latents=FOLDER'), (dict(modle='xl'), 'unknown parameter modle')])
+def test_wrong_parameters_stop_the_notebook(tmp_path, parameters, says):
+    run = papermill(tmp_path, **parameters)
+    assert run.returncode == 1 and says in run.stderr
 
 def test_contract():
     assert {'DiTDH', 'preset', 'sample', 'one_step', 'flow_loss', 'load_teacher', 'train_teacher'} <= set(flow.__all__)
