@@ -13,29 +13,32 @@ from torch import Tensor, nn
 from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path
 from .data import deform
 
-# %% ../nbs/02b_judge.ipynb #587d8de8
+# %% ../nbs/02b_judge.ipynb #35fedd87
 class Judge(nn.Module):
     "A small digit classifier; `features` for distances between sets, `predict` for accuracy"
     def __init__(self, width:int=32, features:int=64, num_classes:int=10):
         super().__init__()
         self.config = dict(width=width, features=features, num_classes=num_classes)
-        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
-        self.body = nn.Sequential(block(1, width), block(width, 2*width), block(2*width, 2*width), nn.Flatten(), nn.Linear(8*width, features))
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+        self.body = nn.Sequential(block(1, width), nn.MaxPool2d(2), block(width, 2*width), nn.MaxPool2d(2), block(2*width, features))
         self.head = nn.Linear(features, num_classes)
         self.register_buffer('scale', torch.ones(()))
 
-    def features(self, images:Tensor)->Tensor: # images [N, 3, 16, 16] in [0, 1] -> features [N, 64], float32
+    def pooled(self, images:Tensor)->Tensor: # images [N, 3, 16, 16] in [0, 1] -> [N, 64], not scaled
         if images.ndim != 4 or images.shape[1:] != (3, 16, 16):
             raise ValueError(f'images have shape {tuple(images.shape)}: the judge of the miniature expects [N, 3, 16, 16]')
-        return self.body(images.mean(1, keepdim=True))/self.scale
+        return self.body(images.mean(1, keepdim=True)).mean((2, 3))
+
+    def features(self, images:Tensor)->Tensor: # images [N, 3, 16, 16] in [0, 1] -> features [N, 64], float32
+        return self.pooled(images)/self.scale
 
     def forward(self, images:Tensor)->Tensor: # images -> class scores [N, 10]
-        return self.head(F.relu(self.features(images)*self.scale))
+        return self.head(self.pooled(images))
 
     def predict(self, images:Tensor)->Tensor: # images -> class index [N], int64
         return self(images).argmax(1)
 
-# %% ../nbs/02b_judge.ipynb #ffba816b
+# %% ../nbs/02b_judge.ipynb #34ffe3ae
 def train_judge(
     images:Tensor, # [N, 3, 16, 16] in [0, 1]
     labels:Tensor, # int64 [N]
@@ -48,7 +51,7 @@ def train_judge(
     judge, g = Judge(), stream(seed, 'judge')
     def loss(step):
         i = torch.randint(len(images), (batch,), generator=g)
-        return F.cross_entropy(judge(deform(images[i], g)), labels[i], label_smoothing=.05)
+        return F.cross_entropy(judge(deform(images[i], g)), labels[i])
     losses = fit(judge, loss, steps=steps, lr=(2e-3, 2e-5), weight_decay=.05, name='judge')
     judge.eval().requires_grad_(False)
     judge.scale.copy_(torch.cat([judge.features(x) for x in images.split(1024)]).var(0).mean().sqrt())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .autoencoder import DECODERS, ENCODERS, Encoder, RAEDecoder
 from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path
 
-# %% ../nbs/02a_vae.ipynb #c34dcc68
+# %% ../nbs/02a_vae.ipynb #9efc554d
 class VAE(nn.Module):
     "Reconstruction VAE on tokens: the same layout as the RAE's latents, trained for pixels alone"
     def __init__(self, config:dict=None): # {'encoder': ..., 'decoder': ..., 'scale': ...}; None = the miniature's
@@ -35,7 +35,7 @@ class VAE(nn.Module):
         return self.scale*(mean + (log_var/2).exp()*torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device).to(mean))
 
     def decode(self, latents:Tensor, clamp:bool=True)->Tensor: # latents [N, C, h, w] -> images [N, 3, H, W]
-        images = self.decoder.unpatchify(self.decoder(latents/self.scale))*self.encoder.std + self.encoder.mean
+        images = self.decoder.unpatchify(self.decoder(latents/self.scale))*self.decoder.std + self.decoder.mean
         return images.clamp(0, 1) if clamp else images
 
 # %% ../nbs/02a_vae.ipynb #e6de4e5c
