@@ -97,7 +97,9 @@ def _exact(device):
     finally:
         for m, v in zip(modules, before): setattr(m, name, v)
 
-# %% ../nbs/04_drifting.ipynb #a13443d8
+# %% ../nbs/04_drifting.ipynb #1d4ce634
+def _squared_norm(x): return torch.linalg.vector_norm(x, dim=-1).square_() # one pass, no copy
+
 def _from_differences(d2, x, y, pairs):
     "Overwrite d2 [B, N, M] where `pairs` is true by the squared norm of x - y, in blocks of bounded size"
     b, j, i = pairs.nonzero(as_tuple=True)
@@ -112,17 +114,20 @@ def distances(
     *,
     floor:float=0., # smallest squared distance
     same:bool=False, # y begins with x itself: those distances are zero
+    x2:Tensor=None, # [B, N] squared norms of x, if known
+    y2:Tensor=None, # [B, M] squared norms of y, if known
 )->Tensor: # [B, N, M]
     "Euclidean distances by one batched matrix product; pairs too close for that are taken from their differences"
-    x2 = x.square().sum(-1, keepdim=True)
-    d2 = torch.baddbmm(y.square().sum(-1)[:, None], x, y.transpose(1, 2), alpha=-2).add_(x2)
+    x2 = (_squared_norm(x) if x2 is None else x2)[..., None]
+    y2 = (_squared_norm(y) if y2 is None else y2)[:, None]
+    d2 = torch.baddbmm(y2, x, y.transpose(1, 2), alpha=-2).add_(x2)
     own = d2.diagonal(dim1=1, dim2=2)
     if same: own.fill_(math.inf)
     _from_differences(d2, x, y, d2 < .02*x2)
     if same: own.zero_()
     return d2.clamp_(min=floor).sqrt_()
 
-# %% ../nbs/04_drifting.ipynb #00c30bf6
+# %% ../nbs/04_drifting.ipynb #1ca5002f
 def laplace_noise(
     *shape:int, # [..., D]
     generator:torch.Generator=None, # None: torch's own
@@ -131,8 +136,8 @@ def laplace_noise(
 )->Tensor: # [..., D]
     "The noise n of (12): uniformly random direction, length |Laplace(0, 1)|, which is Exp(1)"
     n = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-    length = torch.empty((*shape[:-1], 1), dtype=dtype, device=device).exponential_(generator=generator)
-    return n.mul_(length/n.norm(dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
+    length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
+    return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
 
 _BLOCK = 16 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
 
@@ -150,151 +155,176 @@ def _noise_rows(total, shape, generator, like):
         return out[:rows]
     return take
 
-# %% ../nbs/04_drifting.ipynb #9f60f4a8
-def _finite(x): return x.masked_fill_(x == -math.inf, 0.) # an empty sum's logarithm; what it is subtracted from is -inf itself
+# %% ../nbs/04_drifting.ipynb #2941de80
+def _finite(x): return x.masked_fill(x == -math.inf, 0.) # an empty sum's logarithm; what it is subtracted from is -inf itself
 
-def _log_affinity(d_neg, d_pos, tau, unit, config, log_w):
-    "Logarithms of the unnormalised weights of negatives [b, N, K] and positives [b, N, M]"
-    neg, pos = d_neg*(-1/(tau*unit)), d_pos*(-1/(tau*unit))
+def _log_affinity(d, tau, unit, config, log_w):
+    "Logarithms of the unnormalised weights of the negatives [b, N, K] and of the positives [b, N, M]"
+    sides = neg, pos = [s*(-1/(tau*unit)) for s in d]
     own = neg.diagonal(dim1=1, dim2=2)
     if config.self_term == 'masked': own.sub_(100/tau) if config.guards == 'original' else own.fill_(-math.inf)
-    rows = [s.logsumexp(-1, keepdim=True) for s in (neg, pos)] if config.softmax == 'joint' or config.floor else None
-    if config.softmax == 'joint': rows = [torch.logaddexp(*rows)]*2
-    for i, s in enumerate((neg, pos)):
-        columns = _finite(s.logsumexp(-2, keepdim=True)) if config.y_softmax else None
-        if rows is not None: s.sub_(_finite(rows[i]), alpha=.5 if config.y_softmax else 1.) # drops out elsewhere
-        if columns is not None: s.sub_(columns, alpha=.5)
+    half, joint = .5 if config.y_softmax else 1., config.softmax == 'joint' # .5: the root of a product of two softmaxes
+    columns = [_finite(s.logsumexp(-2, keepdim=True)) for s in sides] if config.y_softmax else None
+    rows = [s.logsumexp(-1, keepdim=True) for s in sides] if joint or config.floor else None # else it drops out
+    if joint: rows = [torch.logaddexp(*rows)]*2
+    for i, s in enumerate(sides):
+        if rows is not None: s.sub_(_finite(rows[i]), alpha=half)
+        if columns is not None: s.sub_(columns[i], alpha=half)
         if config.floor: s.clamp_(min=.5*math.log(config.floor))
-        if log_w[i] is not None: s.add_(log_w[i][:, None])
-    return neg, pos
+        if log_w is not None: s.add_(log_w[i][:, None])
+    return sides
 
+# %% ../nbs/04_drifting.ipynb #0c6e4f0e
 def _softmax(log_a, may_be_empty):
-    "Softmax over the last axis; a row without any weight gives zeros"
+    "Softmax over the last axis and its effective number 1/sum w^2; a row without any weight gives zeros"
     w = log_a.softmax(-1)
-    return w.masked_fill_(log_a.amax(-1, keepdim=True) == -math.inf, 0.) if may_be_empty else w
+    if may_be_empty: w.masked_fill_(log_a.amax(-1, keepdim=True) == -math.inf, 0.)
+    w2 = _squared_norm(w)
+    return w, torch.where(w2 > 0, 1/w2, 0.)
 
-# %% ../nbs/04_drifting.ipynb #00c0cb7e
-def _field(neg, pos, d_neg, d_pos, tau, unit, config, log_w):
+def _field(x, neg, pos, d, tau, unit, config, log_w):
     "The unnormalised field of one temperature [b, N, D], and the effective numbers of negatives and positives [b, N]"
-    a_neg, a_pos = _log_affinity(d_neg, d_pos, tau, unit, config, log_w)
-    empty = log_w[0] is not None or a_neg.shape[-1] == 1
-    q, p = _softmax(a_neg, empty), _softmax(a_pos, empty)
-    V = torch.bmm(p, pos).baddbmm_(q, neg, alpha=-1) # x_j drops out: both weights sum to one
+    a_neg, a_pos = _log_affinity(d, tau, unit, config, log_w)
+    may_be_empty = log_w is not None or a_neg.shape[-1] == 1
+    (q, n_neg), (p, n_pos) = _softmax(a_neg, may_be_empty), _softmax(a_pos, may_be_empty)
+    V = torch.bmm(p, pos).baddbmm_(q, neg, alpha=-1) # x_j drops out where both weights sum to one
+    if may_be_empty: V.sub_(((n_pos > 0).to(V) - (n_neg > 0).to(V))[..., None]*x)
     if config.softmax == 'joint': V.mul_((a_neg.logsumexp(-1) + a_pos.logsumexp(-1)).exp_()[..., None])
-    return V, *(w.square().sum(-1).reciprocal_() for w in (q, p))
+    return V, n_neg, n_pos
 
-# %% ../nbs/04_drifting.ipynb #94159825
+# %% ../nbs/04_drifting.ipynb #1a128647
 def _check(gen, pos, neg, weights, classes, chunk):
-    "Refuse shapes that do not fit; fill in what was left out"
-    if neg is None: neg = gen[:, :0]
+    "One sentence for inputs that do not fit together"
     for name, x in (('gen', gen), ('pos', pos), ('neg', neg)):
-        if x.ndim != 3 or not x.is_floating_point(): raise ValueError(f'{name} is {x.dtype} {list(x.shape)}: accepted are floating-point tensors [B, samples, D]')
+        if x.ndim != 3 or not x.is_floating_point():
+            raise ValueError(f'{name} is {x.dtype} {list(x.shape)}: accepted are floating-point tensors [B, samples, D]')
         if (len(x), x.shape[2]) != (len(gen), gen.shape[2]): raise ValueError(f'{name} is {list(x.shape)} and gen {list(gen.shape)}: B and D must agree')
     if 0 in gen.shape or not pos.shape[1]: raise ValueError(f'gen is {list(gen.shape)}, pos {list(pos.shape)}: both need at least one sample')
     if classes < 1 or len(gen) % classes: raise ValueError(f'classes={classes}: must divide B={len(gen)}, which is classes * tokens')
     if chunk is not None and chunk < 1: raise ValueError(f'chunk={chunk}: accepted is a whole number from 1, or None')
-    dtype = torch.promote_types(torch.promote_types(torch.promote_types(gen.dtype, pos.dtype), neg.dtype), torch.float32)
-    if all(w is None for w in weights): return gen, pos, neg, dtype, (None, None)
-    filled = []
     for name, x, w in zip(('weight_gen', 'weight_pos', 'weight_neg'), (gen, pos, neg), weights):
-        if w is None: w = gen.new_ones(x.shape[:2])
+        if w is None: continue
         if w.shape != x.shape[:2]: raise ValueError(f'{name} is {list(w.shape)}: accepted is {list(x.shape[:2])}')
         if not bool(((w >= 0) & w.isfinite()).all()): raise ValueError(f'{name} has negative or infinite entries: accepted are numbers from 0')
-        filled.append(w.detach().to(dtype))
-    return gen, pos, neg, dtype, (torch.cat([filled[0], filled[2]], 1), filled[1])
 
+# %% ../nbs/04_drifting.ipynb #5855e518
+class _Samples:
+    "The samples of one call, brought rows by rows of B into one buffer [rows, gen | neg | pos, D]"
+    def __init__(self, gen, pos, neg, weights, config, chunk):
+        self.parts, self.config = (gen, neg, pos), config
+        (self.B, self.N, self.D), self.K, self.T = gen.shape, gen.shape[1]+neg.shape[1], sum(x.shape[1] for x in self.parts)
+        self.device, self.dtype, self.perturbed = gen.device, torch.float32, config.perturbation != 'off'
+        for x in self.parts: self.dtype = torch.promote_types(self.dtype, x.dtype)
+        ones = [self.new(*x.shape[:2]) + 1 if w is None else w.detach().to(self.dtype) for x, w in zip((gen, pos, neg), weights)]
+        self.weights, self.weighted = (torch.cat([ones[0], ones[2]], 1), ones[1]), any(w is not None for w in weights)
+        chunk = min(chunk or self._by_memory(), self.B)
+        self.rows = [slice(i, min(i+chunk, self.B)) for i in range(0, self.B, chunk)]
+        self.buffer, self.held, self.squares = self.new(chunk, self.T, self.D), None, {}
+        self.moved = self.new(chunk, self.N if config.perturbation == 'query' else self.K, self.D) if self.perturbed else None
+
+    def new(self, *shape): return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _by_memory(self):
+        "How many of B fit into twice the distance matrices' memory, but at least 32 MB (1 GB on an accelerator)"
+        size = self.new().element_size()
+        row = size*((self.T + 2*self.perturbed*self.K)*self.D + 4*self.N*self.T + 3*self.N*self.D)
+        return max(1, max(2**25 if self.device.type == 'cpu' else 2**30, 2*size*self.B*self.N*self.T)//row)
+
+    def __getitem__(self, r):
+        "Samples of rows r [b, T, D] and their squared norms [b, T]; centred, since rounding does see a translation"
+        y = self.buffer[:r.stop-r.start]
+        if self.held != r:
+            centre = self.parts[0][r].mean(1, keepdim=True, dtype=self.dtype)
+            for part, view in zip(self.parts, y.split([x.shape[1] for x in self.parts], 1)): torch.sub(part[r], centre, out=view)
+            self.held = r
+        if r.start not in self.squares: self.squares[r.start] = _squared_norm(y)
+        return y, self.squares[r.start]
+
+# %% ../nbs/04_drifting.ipynb #6c8f2460
+def _geometry(s, r, noise=None, tau=0., kept=None):
+    "Queries x, negatives, positives of rows r, moved by tau*noise as (12) says, and the distances of x to both"
+    y, y2 = s[r]
+    K, mode, floor = s.K, s.config.perturbation if noise is not None else 'off', 1e-8 if s.config.guards == 'original' else 0.
+    x, x2, neg, neg2 = y[:, :s.N], y2[:, :s.N], y[:, :K], y2[:, :K]
+    if mode != 'off':
+        moved = torch.add(y[:, :noise.shape[1]], noise, alpha=tau, out=s.moved[:len(y)])
+        moved2 = _squared_norm(moved)
+        x, x2 = moved[:, :s.N], moved2[:, :s.N]
+        if mode == 'all': neg, neg2 = moved, moved2
+    d = kept or [distances(x, neg, floor=floor, same=mode != 'query', x2=x2, y2=neg2), distances(x, y[:, K:], floor=floor, x2=x2, y2=y2[:, K:])]
+    return x, neg, y[:, K:], d
+
+def _mean_distance(s, group, classes):
+    "Weighted mean distance, self-distances included, per call, class or token; and the distances, if they will be used again"
+    sums, kept = s.new(2, s.B), {}
+    for r in s.rows:
+        d = _geometry(s, r)[-1]
+        sums[0, r] = sum(torch.einsum('bnk,bk->b', x, w[r]) for x, w in zip(d, s.weights))
+        sums[1, r] = s.N*sum(w[r].sum(1) for w in s.weights)
+        if not s.perturbed: kept[r.start] = d
+    sums = sums.view(2, {'call': 1, 'class': classes, 'token': s.B}[s.config.scope], -1).sum(2)
+    if s.config.scope == 'call': _reduce(sums, group)
+    return sums[0]/sums[1].clamp(min=torch.finfo(s.dtype).tiny), kept
+
+def _units(s, scale):
+    "What multiplies tau, and the unit in which coordinates are of order one, for each of B"
+    scale = scale.repeat_interleave(s.B//len(scale))
+    if s.config.guards == 'original': return scale.clamp(min=1e-3), (scale/s.D**.5).clamp(min=1e-3)
+    unit = torch.where(scale > 0, scale, 1.)
+    return unit, torch.ones_like(unit) if s.config.scale == 'raw' else unit/s.D**.5
+
+# %% ../nbs/04_drifting.ipynb #2f2908b6
 def _reduce(x, group):
     "Sum over the processes of `group`, in place"
     if group is not None: torch.distributed.all_reduce(x, group=group)
     return x
 
-# %% ../nbs/04_drifting.ipynb #0221225c
-def _mean_distance(total, mass, config, group, classes):
-    "Weighted mean distance per scope, for each of B"
-    if config.scope == 'token': return total/mass
-    sums = torch.stack([total, mass]).view(2, 1 if config.scope == 'call' else classes, -1).sum(2)
-    if config.scope == 'call': _reduce(sums, group)
-    return (sums[0]/sums[1]).repeat_interleave(len(total)//sums.shape[1])
-
-def _rows_at_once(B, N, K, M, D, config, like):
-    "How many of B fit into twice the distance matrices' memory, but at least 32 MB (1 GB on an accelerator)"
-    copies = 1 if config.perturbation == 'off' else 3
-    row = like.element_size()*((K+M)*D*copies + 3*N*(K+M) + 3*N*D)
-    budget = max(2**25 if like.device.type == 'cpu' else 2**30, 2*like.element_size()*B*N*(K+M))
-    rows = min(B, max(1, budget//row))
-    return rows - rows % _BLOCK if rows > _BLOCK else rows
-
 def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
-    "Sum over temperatures of the normalised fields [B, N, D], and what is worth knowing about them"
-    gen, pos, neg, dtype, w = _check(gen, pos, neg, weights, classes, chunk)
-    (B, N, D), M, K, T, device = gen.shape, pos.shape[1], gen.shape[1]+neg.shape[1], len(config.temperatures), gen.device
-    perturbed, original = config.perturbation != 'off', config.guards == 'original'
-    new = lambda *shape: torch.zeros(shape, dtype=dtype, device=device)
-    with _exact(device):
-        chunk = chunk or _rows_at_once(B, N, K, M, D, config, new())
-        rows = [slice(i, min(i+chunk, B)) for i in range(0, B, chunk)]
-        def samples(r):
-            y = torch.cat([gen[r], neg[r], pos[r]], 1).to(dtype)
-            return y.sub_(y.mean(1, keepdim=True)) # the field does not see a translation, rounding does
-        def both(x, neg, pos, same): return distances(x, neg, floor=1e-8*original, same=same), distances(x, pos, floor=1e-8*original)
-
-        # the mean distance, of clean samples
-        scale, kept = torch.ones(B, dtype=dtype, device=device), {}
-        if config.scale == 'mean':
-            total, mass = new(B), new(B)
-            for r in rows:
-                y = samples(r)
-                d = both(y[:, :N], y[:, :K], y[:, K:], same=True)
-                total[r] = sum(s.sum((1, 2)) if v is None else torch.einsum('bnk,bk->b', s, v[r]) for s, v in zip(d, w))
-                mass[r] = N*(K+M if w[0] is None else w[0][r].sum(1) + w[1][r].sum(1))
-                if not perturbed: kept[r.start] = d
-            scale = _mean_distance(total, mass, config, group, classes)
-        unit = scale.clamp(min=1e-3) if original else torch.where(scale > 0, scale, 1.)
-        s = torch.ones_like(scale) if config.scale == 'raw' else (unit/D**.5).clamp(min=1e-3) if original else unit/D**.5 # coordinates' unit
-        column = lambda x, r: x[r][:, None, None]
-
-        draws = 1 if config.perturbation_draw == 'shared' else T
-        take = _noise_rows(B, (draws, N if config.perturbation == 'query' else K, D), generator, new())
-        V, parts = new(B, N, D), new(T, B, N, D) if config.normalisation == 'rms' else None
-        square, own, norm, n_neg, n_pos = new(T, B), new(T, B), new(T), new(T), new(T)
-        coordinate = s if config.reduction == 'original' else torch.ones_like(s)
-        for r in rows:
-            y = samples(r)
-            x, atoms, positives = y[:, :N], y[:, :K], y[:, K:]
-            log_w = [None if v is None else v[r].log() for v in w]
-            if perturbed: noise = take(len(y)).mul_(dict(mean=column(unit, r), coordinate=column(unit/D**.5, r), raw=1.)[config.perturbation_unit][..., None] if config.perturbation_unit != 'raw' else 1.)
-            else: d = kept.pop(r.start) if kept else both(x, atoms, positives, same=True)
-            for t, tau in enumerate(config.temperatures):
-                if perturbed:
-                    n = noise[:, t % draws]
-                    moved = torch.add(y[:, :n.shape[1]], n, alpha=tau)
-                    d = both(moved[:, :N], moved if config.perturbation == 'all' else atoms, positives, same=config.perturbation == 'all')
-                F, e_neg, e_pos = _field(moved if config.perturbation == 'all' else atoms, positives, *d, tau, column(unit, r), config, log_w)
-                length = F.norm(dim=-1, keepdim=True)
-                square[t, r] = length.square().sum((1, 2))
-                norm[t] += length.sum(); n_neg[t] += e_neg.sum(); n_pos[t] += e_pos.sum()
+    "Sum over temperatures of the normalised fields [B, N, D], minus d loss / d gen over it [B], and what is worth knowing"
+    neg = gen[:, :0] if neg is None else neg
+    _check(gen, pos, neg, weights, classes, chunk)
+    with _exact(gen.device):
+        s = _Samples(gen, pos, neg, weights, config, chunk)
+        scale, kept = _mean_distance(s, group, classes) if config.scale == 'mean' else (s.new(1)+1, {})
+        unit, coordinate = _units(s, scale)
+        temperatures, original, fill = config.temperatures, config.reduction == 'original', lambda x: x[:, None, None]
+        n, draws = len(temperatures), len(temperatures) if config.perturbation_draw == 'independent' else 1
+        if s.perturbed:
+            take = _noise_rows(s.B, (draws, s.moved.shape[1], s.D), generator, s.buffer)
+            amplitude = {'mean': unit, 'coordinate': unit/s.D**.5, 'raw': torch.ones_like(unit)}[config.perturbation_unit]
+        step = coordinate if original else torch.ones_like(coordinate) # the unit in which the loss sees gen
+        V, own, square, means = s.new(s.B, s.N, s.D), s.new(n, s.B), s.new(n, s.B), s.new(3, n)
+        parts = s.new(n, s.B, s.N, s.D) if config.normalisation == 'rms' else None # known only after the last row
+        for r in s.rows:
+            log_w = [w[r].log() for w in s.weights] if s.weighted else None
+            noise = take(r.stop-r.start).mul_(amplitude[r, None, None, None]) if s.perturbed else None
+            geometry = None if s.perturbed else _geometry(s, r, kept=kept.pop(r.start, None))
+            for t, tau in enumerate(temperatures):
+                x, negatives, positives, d = geometry or _geometry(s, r, noise[:, t % draws], tau)
+                F, n_neg, n_pos = _field(x, negatives, positives, d, tau, fill(unit[r]), config, log_w)
+                length = torch.linalg.vector_norm(F, dim=-1)
+                square[t, r] = length.square().sum(1)
+                means[:, t] += torch.stack([length.sum(), n_neg.sum(), n_pos.sum()])/(s.B*s.N)
                 if config.normalisation == 'rms': parts[t, r] = F
-                elif config.normalisation == 'none':
-                    V[r] += F/column(coordinate, r)
-                    own[t, r] = square[t, r]/coordinate[r]**2
+                elif config.normalisation == 'unit':
+                    V[r] += F.div_(torch.where(length > 0, length, 1.)[..., None])
+                    own[t, r] = (length > 0).sum(1).to(s.dtype)
                 else:
-                    V[r] += F/torch.where(length > 0, length, 1.)
-                    own[t, r] = (length > 0).sum((1, 2)).to(dtype)
-        # mean square in coordinates of order one, over everything and every process
-        sums = _reduce(torch.cat([(square/s**2).sum(1), new(1)+B*N*D]), group)
-        mean_square = sums[:T]/sums[T]
+                    V[r] += F.div_(fill(step[r]))
+                    own[t, r] = square[t, r]/step[r]**2
+        # the mean square, in coordinates of order one, is over all of B and all processes
+        sums = _reduce(torch.cat([(square/coordinate**2).sum(1), s.new(1) + s.B*s.N*s.D]), group)
+        mean_square = sums[:n]/sums[n]
         if config.normalisation == 'rms':
-            rms = mean_square.clamp(min=1e-8).sqrt() if original else torch.where(mean_square > 0, mean_square, 1.).sqrt()
-            for t in range(T): V += parts[t]/(rms[t]*s[:, None, None])
-            own = square/(s*rms[:, None])**2
-        loss = V.square().mean((1, 2)) if config.reduction == 'original' else own.mean(0)
-    step = 2/(N*D*coordinate) if config.reduction == 'original' else torch.full_like(s, 2/T) # minus d loss / d gen, over V
-    scale = scale[0] if config.scope == 'call' else scale if config.scope == 'token' else scale[::B//classes]
-    info = dict(loss=loss, scale=scale, V=V, v_norm=norm/(B*N), n_eff_neg=n_neg/(B*N), n_eff_pos=n_pos/(B*N),
-        **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})
-    return V, step, info
+            rms = (mean_square.clamp(min=1e-8) if config.guards == 'original' else torch.where(mean_square > 0, mean_square, 1.)).sqrt()
+            for part, q in zip(parts, rms): V.addcdiv_(part, fill(coordinate*q))
+            own = square/(coordinate*rms[:, None])**2
+        loss, slope = (V.square().mean((1, 2)), 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
+    info = dict(loss=loss, V=V, scale=scale if config.scope != 'call' else scale[0], v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
+        **{f'loss_{tau}': m for tau, m in zip(temperatures, mean_square)})
+    return V, slope, info
 
-# %% ../nbs/04_drifting.ipynb #1117db7a
+# %% ../nbs/04_drifting.ipynb #5909c26e
 def drift_field(
     gen:Tensor, # [B, N, D] generated samples x_j, B = classes * tokens
     pos:Tensor, # [B, M, D] positives y_i
@@ -304,18 +334,18 @@ def drift_field(
     weight_gen:Tensor=None, # [B, N], from 0; None: 1
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
-    config:DriftConfig=DriftConfig(scale='raw', normalisation='none'), # its temperatures are replaced by `tau`
-    generator:torch.Generator=None, # of the perturbation's noise
+    config:DriftConfig=DriftConfig(scale='raw', normalisation='none'), # its temperatures give way to `tau`
+    generator:torch.Generator=None, # of the perturbation's noise; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost
     **switches, # switches of `DriftConfig` to change
 )->Tensor: # V [B, N, D], float32 or float64, without gradient
     "The drifting field (11): by default with raw tau, separate softmaxes, self left out, unnormalised"
-    config = replace(config, temperatures=(tau,), **switches)
-    return _drift(gen.detach(), pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)[0]
+    config = replace(config, **(dict(temperatures=(tau,), reduction='paper') | switches))
+    return _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)[0]
 
-# %% ../nbs/04_drifting.ipynb #68173c8e
+# %% ../nbs/04_drifting.ipynb #c4c83260
 def drift_loss(
     gen:Tensor, # [B, N, D] generated samples, with gradient; B = classes * tokens
     pos:Tensor, # [B, M, D] positives
@@ -331,9 +361,9 @@ def drift_loss(
     classes:int=1, # number of classes in B, outermost
 )->tuple: # (scalar loss, info)
     "The loss (10), or the original's: its gradient at gen is minus the drifting field, times a constant"
-    V, step, info = _drift(gen.detach(), pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)
+    V, slope, info = _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)
     loss = info['loss']
     if gen.requires_grad:
         along = torch.einsum('bnd,bnd->b', gen.to(V.dtype), V)
-        loss = loss - step*(along - along.detach()) # |x - sg(x+V)|^2, expanded: the same value, the same gradient
+        loss = loss - slope*(along - along.detach()) # |x - sg(x+V)|^2 without its rounding: the same value, the same gradient
     return (loss.mean() if config.reduction == 'original' else loss.sum()/classes), info
