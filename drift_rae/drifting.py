@@ -5,53 +5,57 @@
 # %% auto #0
 __all__ = ['DriftConfig', 'distances', 'laplace_noise', 'drift_field', 'drift_loss']
 
-# %% ../nbs/04_drifting.ipynb #335f30ca
+# %% ../nbs/04_drifting.ipynb #def8e077
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .core import number
 
-# %% ../nbs/04_drifting.ipynb #157784e4
+# %% ../nbs/04_drifting.ipynb #c3803025
 _CHOICES = dict(y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'), scope=('call', 'class', 'token'),
     normalisation=('unit', 'rms', 'none'), perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
     perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'), reduction=('paper', 'original'), guards=('none', 'original'))
 
 def _check_config(c):
-    "Refuse what cannot be meant, with one sentence"
+    "One sentence for what cannot be meant"
     t = c.temperatures
     if not t or len(set(t)) < len(t) or not all(math.isfinite(x) and x > 0 for x in t):
         raise ValueError(f'temperatures={t}: accepted are one or more different positive numbers')
     for name, choices in _CHOICES.items():
-        if getattr(c, name) not in choices: raise ValueError(f"{name}={getattr(c, name)!r}: accepted is one of {', '.join(map(str, choices))}")
-    if not 0 <= c.floor < 1: raise ValueError(f'floor={c.floor}: accepted is a number from 0 to below 1')
+        value = getattr(c, name)
+        if type(value) != type(choices[0]) or value not in choices:
+            raise ValueError(f"{name}={value!r}: accepted is one of {', '.join(map(str, choices))}")
+    if number(float, 0, 1)(c.floor): raise ValueError(f'floor={c.floor!r}: accepted is {number(float, 0, 1)(c.floor)}')
     if c.scale == 'mean': return
     if c.scope != 'call': raise ValueError(f"scope={c.scope!r} with scale='raw': no mean distance is taken, so it has no scope")
     if c.guards != 'none': raise ValueError(f"guards={c.guards!r} with scale='raw': those floors are in units of the mean distance")
     if c.perturbation != 'off' and c.perturbation_unit != 'raw':
         raise ValueError(f"perturbation_unit={c.perturbation_unit!r} with scale='raw': no mean distance is taken; use 'raw'")
 
-# %% ../nbs/04_drifting.ipynb #e5706846
+# %% ../nbs/04_drifting.ipynb #2ad21a51
 @dataclass(frozen=True)
 class DriftConfig:
-    "Every switch of the drifting field and its loss; the defaults are the plain field without perturbation"
-    temperatures:tuple=(.02, .05, .2) # tau of (5); the field is computed at each
+    "Every switch of the drifting field and its loss; the defaults are configurations B and C of Table 3 without perturbation"
+    temperatures:tuple=(.02, .05, .2) # tau of (5); a field is computed at each
     y_softmax:bool=False # multiply by a second softmax, over the generated samples, and take the root of the product
-    floor:float=0. # smallest value under that root (the original's is 1e-6); without y-softmax sqrt(floor) is the smallest weight
+    floor:float=0. # smallest product under that root (the original's: 1e-6); without y-softmax, sqrt(floor) is the smallest weight
     softmax:str='separate' # 'separate': positives and negatives each sum to one (11); 'joint': one softmax over both (original)
     scale:str='mean' # 'mean': tau times the mean distance; 'raw': tau as it is
     scope:str='call' # the mean distance is one number per 'call', per 'class' or per 'token'
     normalisation:str='unit' # 'unit': |V| = 1 per sample and token (10); 'rms': one root mean square per temperature; 'none'
-    perturbation:str='off' # (12): 'off', 'all' generated samples, or the 'query' x_j only
+    perturbation:str='off' # (12): 'off', of 'all' generated samples, or of the 'query' x_j only
     perturbation_unit:str='mean' # tau n of (12) times the 'mean' distance, times that over sqrt(D) ('coordinate'), or as it is ('raw')
     perturbation_draw:str='shared' # one n for all temperatures, or 'independent' ones
     self_term:str='masked' # 'masked': k = j is left out, as in (11); 'kept'
     reduction:str='paper' # 'paper': (10), sum over samples and tokens, mean over temperatures; 'original': fields added, then means
-    guards:str='none' # 'original': its floors (1e-8 on squared distances, 1e-3 on the scale, 1e-8 on the mean square) and its mask of +100
+    guards:str='none' # 'original': floors of 1e-8 on squared distances, 1e-3 on the scale, 1e-8 on the mean square; self masked by +100
 
     def __post_init__(self):
-        object.__setattr__(self, 'temperatures', tuple(float(t) for t in self.temperatures))
+        t = self.temperatures
+        object.__setattr__(self, 'temperatures', tuple(map(float, t if isinstance(t, (tuple, list)) else [t])))
         _check_config(self)
 
 # %% ../nbs/04_drifting.ipynb #f9feb063
@@ -83,21 +87,7 @@ def from_dict(cls:DriftConfig, d:dict)->DriftConfig:
     if unknown: raise ValueError(f"unknown switch {', '.join(unknown)}: DriftConfig has {', '.join(names)}")
     return cls(**d)
 
-# %% ../nbs/04_drifting.ipynb #d937a803
-@contextmanager
-def _exact(device):
-    "No gradient, no autocast, and float32 products in float32 (not TF32 or bfloat16), whatever the training loop has set"
-    modules = [m for m in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(m, 'fp32_precision')]
-    name, value = ('fp32_precision', 'ieee') if modules else ('allow_tf32', False) # the second for torch before 2.9
-    modules = modules or [torch.backends.cuda.matmul]
-    before = [getattr(m, name) for m in modules]
-    try:
-        for m in modules: setattr(m, name, value)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False): yield
-    finally:
-        for m, v in zip(modules, before): setattr(m, name, v)
-
-# %% ../nbs/04_drifting.ipynb #1d4ce634
+# %% ../nbs/04_drifting.ipynb #897d21b0
 def _squared_norm(x): return torch.linalg.vector_norm(x, dim=-1).square_() # one pass, no copy
 
 def _from_differences(d2, x, y, pairs):
@@ -114,20 +104,32 @@ def distances(
     *,
     floor:float=0., # smallest squared distance
     same:bool=False, # y begins with x itself: those distances are zero
-    x2:Tensor=None, # [B, N] squared norms of x, if known
-    y2:Tensor=None, # [B, M] squared norms of y, if known
+    y2:Tensor=None, # [B, M] squared norms of y, if they are known
 )->Tensor: # [B, N, M]
     "Euclidean distances by one batched matrix product; pairs too close for that are taken from their differences"
-    x2 = (_squared_norm(x) if x2 is None else x2)[..., None]
-    y2 = (_squared_norm(y) if y2 is None else y2)[:, None]
-    d2 = torch.baddbmm(y2, x, y.transpose(1, 2), alpha=-2).add_(x2)
+    x2, y2 = _squared_norm(x)[..., None], _squared_norm(y) if y2 is None else y2
+    d2 = torch.baddbmm(y2[:, None], x, y.transpose(1, 2), alpha=-2).add_(x2)
     own = d2.diagonal(dim1=1, dim2=2)
     if same: own.fill_(math.inf)
-    _from_differences(d2, x, y, d2 < .02*x2)
+    if y.shape[1] and (d2.amin(-1, keepdim=True) < .02*x2).any(): _from_differences(d2, x, y, d2 < .02*x2)
     if same: own.zero_()
     return d2.clamp_(min=floor).sqrt_()
 
-# %% ../nbs/04_drifting.ipynb #1ca5002f
+# %% ../nbs/04_drifting.ipynb #d937a803
+@contextmanager
+def _exact(device):
+    "No gradient, no autocast, and float32 products in float32 (not TF32 or bfloat16), whatever the training loop has set"
+    modules = [m for m in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(m, 'fp32_precision')]
+    name, value = ('fp32_precision', 'ieee') if modules else ('allow_tf32', False) # the second for torch before 2.9
+    modules = modules or [torch.backends.cuda.matmul]
+    before = [getattr(m, name) for m in modules]
+    try:
+        for m in modules: setattr(m, name, value)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False): yield
+    finally:
+        for m, v in zip(modules, before): setattr(m, name, v)
+
+# %% ../nbs/04_drifting.ipynb #fc19ab2d
 def laplace_noise(
     *shape:int, # [..., D]
     generator:torch.Generator=None, # None: torch's own
@@ -139,7 +141,35 @@ def laplace_noise(
     length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
     return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
 
-_BLOCK = 16 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
+_BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
+
+def _noise_rows(total, shape, generator, like):
+    "A function `take(rows)` that hands out the noise of the next rows"
+    drawn, kept, device = 0, [], like.device if generator is None else generator.device
+    def take(rows):
+        nonlocal drawn, kept
+        while sum(map(len, kept)) < rows:
+            size = min(_BLOCK, total - drawn)
+            kept.append(laplace_noise(size, *shape, generator=generator, dtype=like.dtype, device=device).to(like.device))
+            drawn += size
+        out = kept[0] if len(kept) == 1 else torch.cat(kept)
+        kept = [out[rows:]] if len(out) > rows else []
+        return out[:rows]
+    return take
+
+# %% ../nbs/04_drifting.ipynb #ab3ce278
+def laplace_noise(
+    *shape:int, # [..., D]
+    generator:torch.Generator=None, # None: torch's own
+    dtype:torch.dtype=torch.float32,
+    device:str='cpu', # must be the generator's
+)->Tensor: # [..., D]
+    "The noise n of (12): uniformly random direction, length |Laplace(0, 1)|, which is Exp(1)"
+    n = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+    length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
+    return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
+
+_BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
 
 def _noise_rows(total, shape, generator, like):
     "A function `take(rows)` that hands out the noise of the next rows"
@@ -174,7 +204,7 @@ def _log_affinity(d, tau, unit, config, log_w):
         if log_w is not None: s.add_(log_w[i][:, None])
     return sides
 
-# %% ../nbs/04_drifting.ipynb #0c6e4f0e
+# %% ../nbs/04_drifting.ipynb #63523d9b
 def _softmax(log_a, may_be_empty):
     "Softmax over the last axis and its effective number 1/sum w^2; a row without any weight gives zeros"
     w = log_a.softmax(-1)
@@ -187,7 +217,8 @@ def _field(x, neg, pos, d, tau, unit, config, log_w):
     a_neg, a_pos = _log_affinity(d, tau, unit, config, log_w)
     may_be_empty = log_w is not None or a_neg.shape[-1] == 1
     (q, n_neg), (p, n_pos) = _softmax(a_neg, may_be_empty), _softmax(a_pos, may_be_empty)
-    V = torch.bmm(p, pos).baddbmm_(q, neg, alpha=-1) # x_j drops out where both weights sum to one
+    V = torch.bmm(p, pos) # x_j drops out where both weights sum to one
+    for part, w in zip(neg, q.split([len(part[0]) for part in neg], -1)): V.baddbmm_(w, part, alpha=-1)
     if may_be_empty: V.sub_(((n_pos > 0).to(V) - (n_neg > 0).to(V))[..., None]*x)
     if config.softmax == 'joint': V.mul_((a_neg.logsumexp(-1) + a_pos.logsumexp(-1)).exp_()[..., None])
     return V, n_neg, n_pos
@@ -207,63 +238,62 @@ def _check(gen, pos, neg, weights, classes, chunk):
         if w.shape != x.shape[:2]: raise ValueError(f'{name} is {list(w.shape)}: accepted is {list(x.shape[:2])}')
         if not bool(((w >= 0) & w.isfinite()).all()): raise ValueError(f'{name} has negative or infinite entries: accepted are numbers from 0')
 
-# %% ../nbs/04_drifting.ipynb #5855e518
+# %% ../nbs/04_drifting.ipynb #33aa3a5d
 class _Samples:
-    "The samples of one call, brought rows by rows of B into one buffer [rows, gen | neg | pos, D]"
+    "One call's samples and weights, brought a few rows of B at a time"
     def __init__(self, gen, pos, neg, weights, config, chunk):
         self.parts, self.config = (gen, neg, pos), config
-        (self.B, self.N, self.D), self.K, self.T = gen.shape, gen.shape[1]+neg.shape[1], sum(x.shape[1] for x in self.parts)
+        self.sizes = [x.shape[1] for x in self.parts]
+        (self.B, self.N, self.D), self.K, self.T = gen.shape, sum(self.sizes[:2]), sum(self.sizes)
         self.device, self.dtype, self.perturbed = gen.device, torch.float32, config.perturbation != 'off'
         for x in self.parts: self.dtype = torch.promote_types(self.dtype, x.dtype)
-        ones = [self.new(*x.shape[:2]) + 1 if w is None else w.detach().to(self.dtype) for x, w in zip((gen, pos, neg), weights)]
+        ones = [self.new(*x.shape[:2], fill=1.) if w is None else w.detach().to(self.dtype) for x, w in zip((gen, pos, neg), weights)]
         self.weights, self.weighted = (torch.cat([ones[0], ones[2]], 1), ones[1]), any(w is not None for w in weights)
         chunk = min(chunk or self._by_memory(), self.B)
         self.rows = [slice(i, min(i+chunk, self.B)) for i in range(0, self.B, chunk)]
-        self.buffer, self.held, self.squares = self.new(chunk, self.T, self.D), None, {}
-        self.moved = self.new(chunk, self.N if config.perturbation == 'query' else self.K, self.D) if self.perturbed else None
+        self.moved = self.new(chunk, self.N if config.perturbation == 'query' else self.K, self.D, fill=None) if self.perturbed else None
+        self.buffer, self.copied = None, {}
 
-    def new(self, *shape): return torch.zeros(shape, dtype=self.dtype, device=self.device)
+    def new(self, *shape, fill=0.):
+        new = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return new if fill is None else new.fill_(fill)
 
     def _by_memory(self):
-        "How many of B fit into twice the distance matrices' memory, but at least 32 MB (1 GB on an accelerator)"
-        size = self.new().element_size()
-        row = size*((self.T + 2*self.perturbed*self.K)*self.D + 4*self.N*self.T + 3*self.N*self.D)
-        return max(1, max(2**25 if self.device.type == 'cpu' else 2**30, 2*size*self.B*self.N*self.T)//row)
+        "How many of B fit into 16 MB, which a processor's caches hold, or 1 GB of an accelerator, which likes large batches"
+        row = self.dtype.itemsize*((self.T + 2*self.perturbed*self.K)*self.D + 4*self.N*self.T + 3*self.N*self.D)
+        fit = (2**24 if self.device.type == 'cpu' else 2**30)//row
+        return 2**int(math.log2(max(1, fit))) # a power of two, to meet the noise's blocks
 
     def __getitem__(self, r):
-        "Samples of rows r [b, T, D] and their squared norms [b, T]; centred, since rounding does see a translation"
-        y = self.buffer[:r.stop-r.start]
-        if self.held != r:
-            centre = self.parts[0][r].mean(1, keepdim=True, dtype=self.dtype)
-            for part, view in zip(self.parts, y.split([x.shape[1] for x in self.parts], 1)): torch.sub(part[r], centre, out=view)
-            self.held = r
-        if r.start not in self.squares: self.squares[r.start] = _squared_norm(y)
-        return y, self.squares[r.start]
+        "Generated samples, extra negatives and positives of rows r; copied only to change the type or to take away a large mean"
+        parts = [x[r] for x in self.parts]
+        centre = parts[0].mean(1, keepdim=True, dtype=self.dtype)
+        if r.start not in self.copied: # a mean beyond 1.7 times the spread is large
+            self.copied[r.start] = any(x.dtype != self.dtype for x in parts) or bool((4*_squared_norm(centre)[:, 0] > 3*_squared_norm(parts[0]).mean(1)).any())
+        if not self.copied[r.start]: return parts
+        if self.buffer is None: self.buffer = self.new(self.rows[0].stop, self.T, self.D, fill=None)
+        out = self.buffer[:r.stop-r.start].split(self.sizes, 1)
+        for x, y in zip(parts, out): torch.sub(x, centre, out=y)
+        return out
 
-# %% ../nbs/04_drifting.ipynb #6c8f2460
-def _geometry(s, r, noise=None, tau=0., kept=None):
-    "Queries x, negatives, positives of rows r, moved by tau*noise as (12) says, and the distances of x to both"
-    y, y2 = s[r]
-    K, mode, floor = s.K, s.config.perturbation if noise is not None else 'off', 1e-8 if s.config.guards == 'original' else 0.
-    x, x2, neg, neg2 = y[:, :s.N], y2[:, :s.N], y[:, :K], y2[:, :K]
-    if mode != 'off':
-        moved = torch.add(y[:, :noise.shape[1]], noise, alpha=tau, out=s.moved[:len(y)])
-        moved2 = _squared_norm(moved)
-        x, x2 = moved[:, :s.N], moved2[:, :s.N]
-        if mode == 'all': neg, neg2 = moved, moved2
-    d = kept or [distances(x, neg, floor=floor, same=mode != 'query', x2=x2, y2=neg2), distances(x, y[:, K:], floor=floor, x2=x2, y2=y2[:, K:])]
-    return x, neg, y[:, K:], d
+# %% ../nbs/04_drifting.ipynb #7795c727
+def _both_distances(s, x, negatives, pos, pos2=None, same=True):
+    "Distances of x to the negatives, a list of which the first begins with x itself if `same`, and to the positives"
+    floor = 1e-8 if s.config.guards == 'original' else 0.
+    d = [distances(x, y, floor=floor, same=same and i == 0) for i, y in enumerate(negatives)]
+    return [torch.cat(d, -1) if len(d) > 1 else d[0], distances(x, pos, floor=floor, y2=pos2)]
 
 def _mean_distance(s, group, classes):
     "Weighted mean distance, self-distances included, per call, class or token; and the distances, if they will be used again"
     sums, kept = s.new(2, s.B), {}
     for r in s.rows:
-        d = _geometry(s, r)[-1]
+        gen, neg, pos = s[r]
+        d = _both_distances(s, gen, [gen, neg], pos)
         sums[0, r] = sum(torch.einsum('bnk,bk->b', x, w[r]) for x, w in zip(d, s.weights))
         sums[1, r] = s.N*sum(w[r].sum(1) for w in s.weights)
         if not s.perturbed: kept[r.start] = d
     sums = sums.view(2, {'call': 1, 'class': classes, 'token': s.B}[s.config.scope], -1).sum(2)
-    if s.config.scope == 'call': _reduce(sums, group)
+    if s.config.scope == 'call' and group is not None: torch.distributed.all_reduce(sums, group=group)
     return sums[0]/sums[1].clamp(min=torch.finfo(s.dtype).tiny), kept
 
 def _units(s, scale):
@@ -273,55 +303,66 @@ def _units(s, scale):
     unit = torch.where(scale > 0, scale, 1.)
     return unit, torch.ones_like(unit) if s.config.scale == 'raw' else unit/s.D**.5
 
-# %% ../nbs/04_drifting.ipynb #2f2908b6
-def _reduce(x, group):
-    "Sum over the processes of `group`, in place"
-    if group is not None: torch.distributed.all_reduce(x, group=group)
-    return x
+# %% ../nbs/04_drifting.ipynb #fc95f630
+def _perturbed(s, gen, neg, noise, by, tau):
+    "Queries and list of negatives, moved by tau*by*noise as (12) says"
+    sizes = s.sizes[:1] if s.config.perturbation == 'query' else s.sizes[:2]
+    moved = s.moved[:len(gen)]
+    for x, n, out in zip((gen, neg), noise.split(sizes, 1), moved.split(sizes, 1)): torch.addcmul(x, n, by, value=tau, out=out)
+    return moved[:, :s.N], [gen, neg] if s.config.perturbation == 'query' else [moved]
 
+def _fields(s, unit, kept, generator):
+    "Yield temperature's index, rows, and what `_field` returns for them"
+    c, column = s.config, lambda x: x[:, None, None]
+    if s.perturbed:
+        draws = len(c.temperatures) if c.perturbation_draw == 'independent' else 1
+        take = _noise_rows(s.B, (draws, s.moved.shape[1], s.D), generator, s.moved)
+        by = {'mean': unit, 'coordinate': unit/s.D**.5, 'raw': torch.ones_like(unit)}[c.perturbation_unit]
+    for r in s.rows:
+        gen, neg, pos = s[r]
+        x, negatives, log_w = gen, [gen, neg], [w[r].log() for w in s.weights] if s.weighted else None
+        if s.perturbed: noise, pos2 = take(r.stop-r.start), _squared_norm(pos)
+        else: d = kept.pop(r.start, None) or _both_distances(s, x, negatives, pos)
+        for t, tau in enumerate(c.temperatures):
+            if s.perturbed:
+                x, negatives = _perturbed(s, gen, neg, noise[:, t % draws], column(by[r]), tau)
+                d = _both_distances(s, x, negatives, pos, pos2, same=c.perturbation == 'all')
+            yield t, r, *_field(x, negatives, pos, d, tau, column(unit[r]), c, log_w)
+
+# %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
-    "Sum over temperatures of the normalised fields [B, N, D], minus d loss / d gen over it [B], and what is worth knowing"
+    "Fields of all temperatures, normalised and added [B, N, D]; minus d loss / d gen over that [B]; and what is worth knowing"
     neg = gen[:, :0] if neg is None else neg
     _check(gen, pos, neg, weights, classes, chunk)
     with _exact(gen.device):
-        s = _Samples(gen, pos, neg, weights, config, chunk)
-        scale, kept = _mean_distance(s, group, classes) if config.scale == 'mean' else (s.new(1)+1, {})
+        s, n, original = _Samples(gen, pos, neg, weights, config, chunk), len(config.temperatures), config.reduction == 'original'
+        scale, kept = _mean_distance(s, group, classes) if config.scale == 'mean' else (s.new(1, fill=1.), {})
         unit, coordinate = _units(s, scale)
-        temperatures, original, fill = config.temperatures, config.reduction == 'original', lambda x: x[:, None, None]
-        n, draws = len(temperatures), len(temperatures) if config.perturbation_draw == 'independent' else 1
-        if s.perturbed:
-            take = _noise_rows(s.B, (draws, s.moved.shape[1], s.D), generator, s.buffer)
-            amplitude = {'mean': unit, 'coordinate': unit/s.D**.5, 'raw': torch.ones_like(unit)}[config.perturbation_unit]
         step = coordinate if original else torch.ones_like(coordinate) # the unit in which the loss sees gen
         V, own, square, means = s.new(s.B, s.N, s.D), s.new(n, s.B), s.new(n, s.B), s.new(3, n)
-        parts = s.new(n, s.B, s.N, s.D) if config.normalisation == 'rms' else None # known only after the last row
-        for r in s.rows:
-            log_w = [w[r].log() for w in s.weights] if s.weighted else None
-            noise = take(r.stop-r.start).mul_(amplitude[r, None, None, None]) if s.perturbed else None
-            geometry = None if s.perturbed else _geometry(s, r, kept=kept.pop(r.start, None))
-            for t, tau in enumerate(temperatures):
-                x, negatives, positives, d = geometry or _geometry(s, r, noise[:, t % draws], tau)
-                F, n_neg, n_pos = _field(x, negatives, positives, d, tau, fill(unit[r]), config, log_w)
-                length = torch.linalg.vector_norm(F, dim=-1)
-                square[t, r] = length.square().sum(1)
-                means[:, t] += torch.stack([length.sum(), n_neg.sum(), n_pos.sum()])/(s.B*s.N)
-                if config.normalisation == 'rms': parts[t, r] = F
-                elif config.normalisation == 'unit':
-                    V[r] += F.div_(torch.where(length > 0, length, 1.)[..., None])
-                    own[t, r] = (length > 0).sum(1).to(s.dtype)
-                else:
-                    V[r] += F.div_(fill(step[r]))
-                    own[t, r] = square[t, r]/step[r]**2
+        parts = s.new(n, s.B, s.N, s.D, fill=None) if config.normalisation == 'rms' else None # known only after the last row
+        for t, r, F, n_neg, n_pos in _fields(s, unit, kept, generator):
+            length = torch.linalg.vector_norm(F, dim=-1)
+            square[t, r] = length.square().sum(1)
+            means[:, t] += torch.stack([length.sum(), n_neg.sum(), n_pos.sum()])/(s.B*s.N)
+            if config.normalisation == 'rms': parts[t, r] = F
+            elif config.normalisation == 'unit':
+                V[r].addcdiv_(F, torch.where(length > 0, length, 1.)[..., None])
+                own[t, r] = (length > 0).sum(1).to(s.dtype)
+            else:
+                V[r].addcdiv_(F, step[r, None, None])
+                own[t, r] = square[t, r]/step[r]**2
         # the mean square, in coordinates of order one, is over all of B and all processes
-        sums = _reduce(torch.cat([(square/coordinate**2).sum(1), s.new(1) + s.B*s.N*s.D]), group)
+        sums = torch.cat([(square/coordinate**2).sum(1), s.new(1, fill=s.B*s.N*s.D)])
+        if group is not None: torch.distributed.all_reduce(sums, group=group)
         mean_square = sums[:n]/sums[n]
         if config.normalisation == 'rms':
             rms = (mean_square.clamp(min=1e-8) if config.guards == 'original' else torch.where(mean_square > 0, mean_square, 1.)).sqrt()
-            for part, q in zip(parts, rms): V.addcdiv_(part, fill(coordinate*q))
+            for part, q in zip(parts, rms): V.addcdiv_(part, (coordinate*q)[:, None, None])
             own = square/(coordinate*rms[:, None])**2
         loss, slope = (V.square().mean((1, 2)), 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
-    info = dict(loss=loss, V=V, scale=scale if config.scope != 'call' else scale[0], v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
-        **{f'loss_{tau}': m for tau, m in zip(temperatures, mean_square)})
+    info = dict(loss=loss, V=V, scale=scale[0] if config.scope == 'call' else scale, v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
+        **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})
     return V, slope, info
 
 # %% ../nbs/04_drifting.ipynb #5909c26e
