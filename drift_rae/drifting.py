@@ -129,7 +129,7 @@ def _exact(device):
     finally:
         for m, v in zip(modules, before): setattr(m, name, v)
 
-# %% ../nbs/04_drifting.ipynb #fc19ab2d
+# %% ../nbs/04_drifting.ipynb #ff773b2e
 def laplace_noise(
     *shape:int, # [..., D]
     generator:torch.Generator=None, # None: torch's own
@@ -141,34 +141,7 @@ def laplace_noise(
     length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
     return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
 
-_BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
-
-def _noise_rows(total, shape, generator, like):
-    "A function `take(rows)` that hands out the noise of the next rows"
-    drawn, kept, device = 0, [], like.device if generator is None else generator.device
-    def take(rows):
-        nonlocal drawn, kept
-        while sum(map(len, kept)) < rows:
-            size = min(_BLOCK, total - drawn)
-            kept.append(laplace_noise(size, *shape, generator=generator, dtype=like.dtype, device=device).to(like.device))
-            drawn += size
-        out = kept[0] if len(kept) == 1 else torch.cat(kept)
-        kept = [out[rows:]] if len(out) > rows else []
-        return out[:rows]
-    return take
-
-# %% ../nbs/04_drifting.ipynb #ab3ce278
-def laplace_noise(
-    *shape:int, # [..., D]
-    generator:torch.Generator=None, # None: torch's own
-    dtype:torch.dtype=torch.float32,
-    device:str='cpu', # must be the generator's
-)->Tensor: # [..., D]
-    "The noise n of (12): uniformly random direction, length |Laplace(0, 1)|, which is Exp(1)"
-    n = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-    length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
-    return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
-
+# %% ../nbs/04_drifting.ipynb #b6c7b41d
 _BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
 
 def _noise_rows(total, shape, generator, like):
