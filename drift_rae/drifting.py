@@ -338,7 +338,7 @@ def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
         **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})
     return V, slope, info
 
-# %% ../nbs/04_drifting.ipynb #5909c26e
+# %% ../nbs/04_drifting.ipynb #ba6b29c2
 def drift_field(
     gen:Tensor, # [B, N, D] generated samples x_j, B = classes * tokens
     pos:Tensor, # [B, M, D] positives y_i
@@ -349,7 +349,7 @@ def drift_field(
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
     config:DriftConfig=DriftConfig(scale='raw', normalisation='none'), # its temperatures give way to `tau`
-    generator:torch.Generator=None, # of the perturbation's noise; None: torch's own
+    generator:torch.Generator=None, # of the noise, which is drawn on its device; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost
@@ -359,7 +359,7 @@ def drift_field(
     config = replace(config, **(dict(temperatures=(tau,), reduction='paper') | switches))
     return _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)[0]
 
-# %% ../nbs/04_drifting.ipynb #c4c83260
+# %% ../nbs/04_drifting.ipynb #8df86909
 def drift_loss(
     gen:Tensor, # [B, N, D] generated samples, with gradient; B = classes * tokens
     pos:Tensor, # [B, M, D] positives
@@ -369,7 +369,7 @@ def drift_loss(
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
     config:DriftConfig=DriftConfig.preset('c'),
-    generator:torch.Generator=None, # of the perturbation's noise; None: torch's own
+    generator:torch.Generator=None, # of the noise, which is drawn on its device; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost

@@ -6,7 +6,7 @@
 
 Nothing here asserts a time: machines differ, and a busy one differs from itself. `tests/test_drifting.py` holds what must be true.
 """
-import argparse, json, time
+import argparse, json, os, time
 from dataclasses import replace
 import torch
 from drift_rae.drifting import DriftConfig, drift_loss, laplace_noise
@@ -63,6 +63,7 @@ def peak_bytes(f, device):
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
         f(); torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler talks to itself on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: f()
     held = peak = 0
     for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
