@@ -276,7 +276,7 @@ def _units(s, scale):
     unit = torch.where(scale > 0, scale, 1.)
     return unit, torch.ones_like(unit) if s.config.scale == 'raw' else unit/s.D**.5
 
-# %% ../nbs/04_drifting.ipynb #fc95f630
+# %% ../nbs/04_drifting.ipynb #cad5b7cd
 def _perturbed(s, gen, neg, noise, by, tau):
     "Queries and list of negatives, moved by tau*by*noise as (12) says"
     sizes = s.sizes[:1] if s.config.perturbation == 'query' else s.sizes[:2]
@@ -294,7 +294,9 @@ def _fields(s, unit, kept, generator):
     for r in s.rows:
         gen, neg, pos = s[r]
         x, negatives, log_w = gen, [gen, neg], [w[r].log() for w in s.weights] if s.weighted else None
-        if s.perturbed: noise, pos2 = take(r.stop-r.start), _squared_norm(pos)
+        if s.perturbed:
+            noise = None # let go of the old rows before new ones are drawn
+            noise, pos2 = take(r.stop-r.start), _squared_norm(pos)
         else: d = kept.pop(r.start, None) or _both_distances(s, x, negatives, pos)
         for t, tau in enumerate(c.temperatures):
             if s.perturbed:

@@ -54,6 +54,49 @@ def test_equation_11(tau):
     close(drift_field(*data, tau=tau*float(z['fixedneg/official/info/scale'])), f[f'fixedneg/V_scaled_tau{tau}'], 1e-10)
     close(drift_field(*data, tau=tau, scale='mean'), f[f'fixedneg/V_scaled_tau{tau}'], 1e-5) # the original's scale is rounded
 
+def published(gen, pos, neg, w_gen, w_pos, w_neg, temperatures):
+    "lambertae/drifting's drift_loss, line by line; returns the loss of each of B"
+    B, N, D = gen.shape
+    y, w = torch.cat([gen, neg, pos], 1).detach(), torch.cat([w_gen, w_neg, w_pos], 1)
+    x, K = gen.detach(), N + neg.shape[1]
+    dist_ = ((x**2).sum(-1)[..., None] + (y**2).sum(-1)[:, None] - 2*x@y.mT).clamp(min=1e-8).sqrt()
+    scale = (dist_*w[:, None]).mean()/w.mean()
+    s = (scale/D**.5).clamp(min=1e-3)
+    normed = dist_/scale.clamp(min=1e-3) + torch.nn.functional.pad(100*torch.eye(N), (0, y.shape[1]-N))
+    V = 0.
+    for R in temperatures:
+        A = ((-normed/R).softmax(-1)*(-normed/R).softmax(-2)).clamp(min=1e-6).sqrt()*w[:, None]
+        A_neg, A_pos = A[..., :K], A[..., K:]
+        A = torch.cat([-A_neg*A_pos.sum(-1, keepdim=True), A_pos*A_neg.sum(-1, keepdim=True)], -1)
+        F = A @ (y/s) - A.sum(-1, keepdim=True)*x/s
+        V = V + F/(F**2).mean().clamp(min=1e-8).sqrt()
+    return ((gen/s - (x/s + V))**2).mean((1, 2))
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**20), st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.integers(0, 4), st.integers(1, 40)),
+       st.sampled_from([1e-5, 1e-3, 1., 1e3]), st.sampled_from([0., 1., 30.]), st.booleans(), st.booleans(), st.sampled_from([(.02, .05, .2), (.1,), (.5, 1.)]))
+def test_original_on_other_inputs(seed, shape, size, offset, copied, weighted, temperatures):
+    "Single samples, no further negatives, coordinates so small that the original's floors act, copies of generated samples among the positives"
+    gen, pos, neg = (size*(x + offset) for x in data(seed, shape))
+    if copied: pos[:, 0] = gen[:, 0]
+    w = [torch.rand(x.shape[:2], generator=stream(seed, i), dtype=x.dtype) if weighted else x.new_ones(x.shape[:2]) for i, x in enumerate((gen, pos, neg))]
+    a, b = gen.clone().requires_grad_(), gen.clone().requires_grad_()
+    theirs = published(a, pos, neg, *w, temperatures)
+    theirs.mean().backward()
+    loss, info = drift_loss(b, pos, neg, weight_gen=w[0], weight_pos=w[1], weight_neg=w[2], config=replace(ORIGINAL, temperatures=temperatures))
+    loss.backward()
+    assert (info['loss'] - theirs).abs().max() < 1e-6*theirs.abs().max() + 1e-12
+    assert (b.grad - a.grad).abs().max() < 1e-6*a.grad.abs().max() + 1e-12
+
+@pytest.mark.parametrize('dim', (2, 64, 768))
+@pytest.mark.parametrize('tau', (.02, .2, 1.))
+def test_float32_against_float64_differences(dim, tau):
+    gen, pos, neg = samples(dim, (3, 20, dim), (3, 30, dim), (3, 10, dim), dtype=torch.float32)
+    g, p, n = (x.double() for x in (gen, pos, torch.cat([gen, neg], 1)))
+    to_pos, to_neg = ((y[:, None] - g[:, :, None]).norm(dim=-1) for y in (p, n))
+    to_neg.diagonal(dim1=1, dim2=2).fill_(math.inf)
+    close(drift_field(gen, pos, neg, tau=tau), (-to_pos/tau).softmax(-1)@p - (-to_neg/tau).softmax(-1)@n, 3e-4)
+
 # properties
 
 shapes = st.tuples(st.integers(1, 4), st.integers(2, 6), st.integers(1, 7), st.integers(0, 4), st.integers(1, 9)) # B, N, M, P, D
