@@ -19,7 +19,7 @@ from .core import ParameterError, atomic, stream
 from .images import Images, open_images, to_uint8
 from .protocol import Extractor, cached_features, protocol
 
-# %% ../nbs/07_evaluate.ipynb #09fe512d
+# %% ../nbs/07_evaluate.ipynb #db8c869c
 def as_features(
     x, # features [N, D]: a tensor or an array
     name:str='the features', # what a complaint calls them
@@ -30,7 +30,7 @@ def as_features(
     if x.ndim != 2 or x.shape[1] == 0: raise ValueError(f"{name}: the shape is {tuple(x.shape)}, accepted is [N, D], one row per image")
     if len(x) < least: raise ValueError(f"{name}: {len(x)} samples are too few, at least {least} are needed")
     if not x.is_floating_point(): x = x.double()
-    bad = int((~x.isfinite().all(1)).sum())
+    bad = sum(int((~part.isfinite().all(1)).sum()) for part in x.split(4096))
     if bad: raise ValueError(f"{name}: {bad} of {len(x)} rows contain NaN or infinity")
     return x
 
@@ -134,7 +134,7 @@ def frechet_interval(
     measured = distance()
     return max(0., float(2*measured - low)), max(0., float(2*measured - high))
 
-# %% ../nbs/07_evaluate.ipynb #4735c69d
+# %% ../nbs/07_evaluate.ipynb #2780774c
 def _squared(a, b):
     "Squared distances by matrix products [n, m], and a bound of their rounding error"
     a, d, largest = a.double(), a.new_empty(len(a), len(b), dtype=torch.float64), 0.
@@ -156,7 +156,7 @@ def _radii(x, k, block):
         d, bound = _squared(rows, x)
         d[torch.arange(len(rows)), torch.arange(i, i+len(rows))] = torch.inf
         near, index = d.topk(wanted, largest=False)
-        exact = torch.cat([_direct(r[None], x[j])[0].sort().values[None, k-1] for r, j in zip(rows, index)])
+        exact = torch.cat([_direct(r[:, None], x[j])[:, 0].sort(1).values[:, k-1] for r, j in zip(rows.split(64), index.split(64))])
         # a neighbour beyond the ones taken might still be nearer if the last one taken is within rounding of the k-th
         doubt = near[:, -1] <= near[:, k-1] + 2*bound if wanted < len(x)-1 else torch.zeros(len(rows), dtype=torch.bool)
         for j in doubt.nonzero()[:, 0]: exact[j] = _direct(rows[j:j+1], torch.cat([x[:i+j], x[i+j+1:]]))[0].kthvalue(k).values

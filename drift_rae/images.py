@@ -95,7 +95,7 @@ def open_images(path:str|Path)->Images: # folder or npz file
     if not zipfile.is_zipfile(path): raise ParameterError(f"{path} is not a whole npz file")
     return NpzImages(path)
 
-# %% ../nbs/06a_images.ipynb #fd16e2e7
+# %% ../nbs/06a_images.ipynb #d033f9a6
 class GeneratedImages(Images):
     "Class-balanced images of a generator: image i has class i % classes and noise (seed, class, i // classes)"
     def __init__(self,
@@ -112,6 +112,7 @@ class GeneratedImages(Images):
         self.n, self.name, self._last = classes*per_class, name or {}, (None, None)
         self.size = tuple(self._block(0).shape[2:])
     def label(self, i): return i % self.classes
+    def labels(self): return torch.arange(self.n) % self.classes
     def noise(self, i): return torch.randn(self.shape, generator=stream(self.seed, 'image', i % self.classes, i//self.classes))
     @torch.no_grad()
     def _block(self, b):
@@ -143,7 +144,7 @@ def sample_blocks(
         with atomic(out/f'{b:06d}.npy') as f, open(f, 'wb') as handle: np.save(handle, pixels)
     return len(todo)
 
-# %% ../nbs/06a_images.ipynb #b93090b6
+# %% ../nbs/06a_images.ipynb #78ee1c2a
 def spread(
     function:Callable, # called as function(rank) in each process; must be importable
     processes:int, # number of processes; 1 = here
@@ -175,6 +176,7 @@ class BlockImages(Images):
         missing = [b for b in range(-(-self.n//self.block)) if not (self.path/f'{b:06d}.npy').is_file()]
         if missing: raise ParameterError(f"{path}: {len(missing)} blocks are still missing, run the sampling again to complete it")
     def _one(self, i): return torch.from_numpy(np.load(self.path/f'{i//self.block:06d}.npy', mmap_mode='r')[i % self.block].copy()).permute(2, 0, 1)
+    def labels(self): return torch.arange(self.n) % self.plan['classes']
     def describe(self): return self.plan
 
 # %% ../nbs/06a_images.ipynb #aa6d5efa
