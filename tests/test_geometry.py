@@ -157,3 +157,82 @@ def test_curvature_in_the_dimension_of_imagenet():
     curve = torch.stack([angle.cos(), angle.sin(), .3*angle], 1)
     expected = curvature(curve[None], window=21)
     torch.testing.assert_close(curvature((curve @ into.T).float()[None], window=21), expected, rtol=2e-3, atol=0)
+
+# the streaming pass and the run
+
+from drift_rae.core import stream
+from drift_rae.geometry import STATISTICS, geometry_table, measure_store, middle_trajectories
+from drift_rae.latents import save_latents, sort_by_class
+from test_run import ROOT, papermill
+
+def small_store(folder, scale=1., counts=(7, 5, 9), shape=(8, 4, 4)):
+    "A latent store on disk and what it holds"
+    y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    x = (scale*torch.randn(len(y), *shape, generator=stream(0, 'store'))).half()
+    save_latents(sort_by_class(x, y, len(counts)), folder, made_by=dict(test=True))
+    return x.float(), y
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_streaming_equals_direct(tmp_path, processes):
+    x, y = small_store(tmp_path/'store')
+    table = geometry_table(measure_store(tmp_path/'store', tmp_path/'classes', processes), 8)
+    tokens, flat = x.flatten(2).mT, x.flatten(1)
+    each = lambda f: np.mean([f(tokens[:, t], y) for t in range(16)])
+    expected = (participation_ratio(tokens, y), spectral_entropy(tokens, y), participation_ratio(tokens, y, 'samples'), spectral_entropy(tokens, y, 'samples'),
+                nn_distance(flat, y), each(nn_distance), spherical_mmd(flat, y), each(spherical_mmd))
+    for name, value in zip(STATISTICS, expected): assert table[name][0] == pytest.approx(value, rel=1e-9), name
+
+def test_a_stopped_pass_goes_on(tmp_path, monkeypatch):
+    small_store(tmp_path/'store')
+    whole = measure_store(tmp_path/'store', tmp_path/'classes')
+    files = sorted((tmp_path/'classes').glob('class-*.json'))
+    kept = files[0].stat().st_mtime_ns
+    files[1].unlink()
+    assert measure_store(tmp_path/'store', tmp_path/'classes') == whole
+    assert files[0].stat().st_mtime_ns == kept
+
+def test_streaming_refusals(tmp_path):
+    small_store(tmp_path/'store')
+    measure_store(tmp_path/'store', tmp_path/'classes')
+    small_store(tmp_path/'other', scale=2.)
+    with pytest.raises(ValueError, match='other latents'): measure_store(tmp_path/'other', tmp_path/'classes')
+    small_store(tmp_path/'single', counts=(3, 1))
+    with pytest.raises(ValueError, match='class 1 of the latent store has one sample'): measure_store(tmp_path/'single', tmp_path/'c')
+    with pytest.raises(ValueError, match='several processes'): measure_store(sort_by_class(torch.randn(4, 2, 1, 1), torch.tensor([0, 0, 1, 1]), 2), tmp_path/'d', processes=2)
+    with pytest.raises(ValueError, match='expected a folder'): measure_store(tmp_path/'nowhere', tmp_path/'e')
+
+def test_memory_is_bounded_by_one_class(tmp_path):
+    "Ten classes need no more than one"
+    code = '''
+import resource, sys
+from drift_rae.geometry import measure_store
+measure_store(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+'''
+    from test_run import environment
+    peak = []
+    for classes in (1, 10):
+        small_store(tmp_path/f'store{classes}', counts=(60,)*classes, shape=(64, 16, 16))
+        done = subprocess.run([sys.executable, '-c', code, str(tmp_path/f'store{classes}'), str(tmp_path/f'classes{classes}')], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peak.append(int(done.stdout.splitlines()[-1])/1024)
+    assert peak[1] - peak[0] < 30, peak # nine more classes of 4 MB each on disk are mapped; decoded and centred they would be far more
+
+def test_the_middle_of_the_trajectories():
+    frames = torch.zeros(10, 3, 3)
+    frames[:, 1, 1] = torch.tensor([5., 1, 9, 3, 7, 0, 8, 2, 6, 4])
+    assert sorted(middle_trajectories(frames).tolist()) == [0, 1, 3, 4, 6, 7, 8, 9] # without 0 and 9
+
+def test_the_notebook_on_a_store_of_imagenet_layout(tmp_path):
+    "papermill with model=xl on a tiny store writes the tables; the shapes of the store decide, not the preset"
+    small_store(tmp_path/'store', counts=(12, 20, 15))
+    done = papermill('03_geometry', tmp_path, model='xl', latents=tmp_path/'store', out=tmp_path/'made')
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads((tmp_path/'made/statistics.json').read_text())
+    assert {r['statistic'] for r in made['rows']} == set(STATISTICS) and made['model'] == 'xl' and made['counts'] == [12, 20, 15]
+    assert len((tmp_path/'made/statistics.csv').read_text().splitlines()) == 1 + len(STATISTICS)
+
+@pytest.mark.parametrize('wrong, sentence', [(dict(model='xl'), 'give -p latents FOLDER'), (dict(model='huge'), "model='huge'"), (dict(latents='nowhere', model='xl'), 'nowhere')], ids=str)
+def test_a_wrong_parameter_ends_the_notebook(tmp_path, wrong, sentence):
+    done = papermill('03_geometry', tmp_path, **wrong)
+    assert done.returncode == 1 and sentence in done.stderr
