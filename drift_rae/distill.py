@@ -6,15 +6,15 @@
 __all__ = ['DistillConfig', 'config_for', 'to_tokens', 'step_labels', 'step_samples', 'drift_step', 'save_checkpoint',
            'load_checkpoint', 'distill', 'OneStepGenerator', 'save_generator', 'load_generator']
 
-# %% ../nbs/06_distill.ipynb #17576a6b
-import copy, csv, hashlib, json, math, os, time
+# %% ../nbs/06_distill.ipynb #4ee0fecd
+import copy, csv, json, math, os, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .autoencoder import RAE, RAEDecoder
-from .core import (MODELS, ParameterError, Progress, atomic, ema_decay, ema_update, image_noise, limit_threads,
-    linear_decay, load_weights, save_weights, stream, versions, weights_path, write_json)
+from .core import (MODELS, ParameterError, Progress, atomic, ema_decay, ema_update, image_noise,
+    linear_decay, load_weights, save_weights, stream, weights_path, write_json)
 from .drifting import DriftConfig, drift_loss
 from .flow import DiTDH, one_step
 

@@ -5,53 +5,57 @@
 # %% auto #0
 __all__ = ['DriftConfig', 'distances', 'laplace_noise', 'drift_field', 'drift_loss']
 
-# %% ../nbs/04_drifting.ipynb #335f30ca
+# %% ../nbs/04_drifting.ipynb #def8e077
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .core import number
 
-# %% ../nbs/04_drifting.ipynb #157784e4
+# %% ../nbs/04_drifting.ipynb #c3803025
 _CHOICES = dict(y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'), scope=('call', 'class', 'token'),
     normalisation=('unit', 'rms', 'none'), perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
     perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'), reduction=('paper', 'original'), guards=('none', 'original'))
 
 def _check_config(c):
-    "Refuse what cannot be meant, with one sentence"
+    "One sentence for what cannot be meant"
     t = c.temperatures
     if not t or len(set(t)) < len(t) or not all(math.isfinite(x) and x > 0 for x in t):
         raise ValueError(f'temperatures={t}: accepted are one or more different positive numbers')
     for name, choices in _CHOICES.items():
-        if getattr(c, name) not in choices: raise ValueError(f"{name}={getattr(c, name)!r}: accepted is one of {', '.join(map(str, choices))}")
-    if not 0 <= c.floor < 1: raise ValueError(f'floor={c.floor}: accepted is a number from 0 to below 1')
+        value = getattr(c, name)
+        if type(value) != type(choices[0]) or value not in choices:
+            raise ValueError(f"{name}={value!r}: accepted is one of {', '.join(map(str, choices))}")
+    if number(float, 0, 1)(c.floor): raise ValueError(f'floor={c.floor!r}: accepted is {number(float, 0, 1)(c.floor)}')
     if c.scale == 'mean': return
     if c.scope != 'call': raise ValueError(f"scope={c.scope!r} with scale='raw': no mean distance is taken, so it has no scope")
     if c.guards != 'none': raise ValueError(f"guards={c.guards!r} with scale='raw': those floors are in units of the mean distance")
     if c.perturbation != 'off' and c.perturbation_unit != 'raw':
         raise ValueError(f"perturbation_unit={c.perturbation_unit!r} with scale='raw': no mean distance is taken; use 'raw'")
 
-# %% ../nbs/04_drifting.ipynb #e5706846
+# %% ../nbs/04_drifting.ipynb #2ad21a51
 @dataclass(frozen=True)
 class DriftConfig:
-    "Every switch of the drifting field and its loss; the defaults are the plain field without perturbation"
-    temperatures:tuple=(.02, .05, .2) # tau of (5); the field is computed at each
+    "Every switch of the drifting field and its loss; the defaults are configurations B and C of Table 3 without perturbation"
+    temperatures:tuple=(.02, .05, .2) # tau of (5); a field is computed at each
     y_softmax:bool=False # multiply by a second softmax, over the generated samples, and take the root of the product
-    floor:float=0. # smallest value under that root (the original's is 1e-6); without y-softmax sqrt(floor) is the smallest weight
+    floor:float=0. # smallest product under that root (the original's: 1e-6); without y-softmax, sqrt(floor) is the smallest weight
     softmax:str='separate' # 'separate': positives and negatives each sum to one (11); 'joint': one softmax over both (original)
     scale:str='mean' # 'mean': tau times the mean distance; 'raw': tau as it is
     scope:str='call' # the mean distance is one number per 'call', per 'class' or per 'token'
     normalisation:str='unit' # 'unit': |V| = 1 per sample and token (10); 'rms': one root mean square per temperature; 'none'
-    perturbation:str='off' # (12): 'off', 'all' generated samples, or the 'query' x_j only
+    perturbation:str='off' # (12): 'off', of 'all' generated samples, or of the 'query' x_j only
     perturbation_unit:str='mean' # tau n of (12) times the 'mean' distance, times that over sqrt(D) ('coordinate'), or as it is ('raw')
     perturbation_draw:str='shared' # one n for all temperatures, or 'independent' ones
     self_term:str='masked' # 'masked': k = j is left out, as in (11); 'kept'
     reduction:str='paper' # 'paper': (10), sum over samples and tokens, mean over temperatures; 'original': fields added, then means
-    guards:str='none' # 'original': its floors (1e-8 on squared distances, 1e-3 on the scale, 1e-8 on the mean square) and its mask of +100
+    guards:str='none' # 'original': floors of 1e-8 on squared distances, 1e-3 on the scale, 1e-8 on the mean square; self masked by +100
 
     def __post_init__(self):
-        object.__setattr__(self, 'temperatures', tuple(float(t) for t in self.temperatures))
+        t = self.temperatures
+        object.__setattr__(self, 'temperatures', tuple(map(float, t if isinstance(t, (tuple, list)) else [t])))
         _check_config(self)
 
 # %% ../nbs/04_drifting.ipynb #f9feb063
@@ -83,21 +87,9 @@ def from_dict(cls:DriftConfig, d:dict)->DriftConfig:
     if unknown: raise ValueError(f"unknown switch {', '.join(unknown)}: DriftConfig has {', '.join(names)}")
     return cls(**d)
 
-# %% ../nbs/04_drifting.ipynb #d937a803
-@contextmanager
-def _exact(device):
-    "No gradient, no autocast, and float32 products in float32 (not TF32 or bfloat16), whatever the training loop has set"
-    modules = [m for m in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(m, 'fp32_precision')]
-    name, value = ('fp32_precision', 'ieee') if modules else ('allow_tf32', False) # the second for torch before 2.9
-    modules = modules or [torch.backends.cuda.matmul]
-    before = [getattr(m, name) for m in modules]
-    try:
-        for m in modules: setattr(m, name, value)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False): yield
-    finally:
-        for m, v in zip(modules, before): setattr(m, name, v)
+# %% ../nbs/04_drifting.ipynb #897d21b0
+def _squared_norm(x): return torch.linalg.vector_norm(x, dim=-1).square_() # one pass, no copy
 
-# %% ../nbs/04_drifting.ipynb #a13443d8
 def _from_differences(d2, x, y, pairs):
     "Overwrite d2 [B, N, M] where `pairs` is true by the squared norm of x - y, in blocks of bounded size"
     b, j, i = pairs.nonzero(as_tuple=True)
@@ -112,17 +104,32 @@ def distances(
     *,
     floor:float=0., # smallest squared distance
     same:bool=False, # y begins with x itself: those distances are zero
+    y2:Tensor=None, # [B, M] squared norms of y, if they are known
 )->Tensor: # [B, N, M]
     "Euclidean distances by one batched matrix product; pairs too close for that are taken from their differences"
-    x2 = x.square().sum(-1, keepdim=True)
-    d2 = torch.baddbmm(y.square().sum(-1)[:, None], x, y.transpose(1, 2), alpha=-2).add_(x2)
+    x2, y2 = _squared_norm(x)[..., None], _squared_norm(y) if y2 is None else y2
+    d2 = torch.baddbmm(y2[:, None], x, y.transpose(1, 2), alpha=-2).add_(x2)
     own = d2.diagonal(dim1=1, dim2=2)
     if same: own.fill_(math.inf)
-    _from_differences(d2, x, y, d2 < .02*x2)
+    if y.shape[1] and (d2.amin(-1, keepdim=True) < .02*x2).any(): _from_differences(d2, x, y, d2 < .02*x2)
     if same: own.zero_()
     return d2.clamp_(min=floor).sqrt_()
 
-# %% ../nbs/04_drifting.ipynb #00c30bf6
+# %% ../nbs/04_drifting.ipynb #d937a803
+@contextmanager
+def _exact(device):
+    "No gradient, no autocast, and float32 products in float32 (not TF32 or bfloat16), whatever the training loop has set"
+    modules = [m for m in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(m, 'fp32_precision')]
+    name, value = ('fp32_precision', 'ieee') if modules else ('allow_tf32', False) # the second for torch before 2.9
+    modules = modules or [torch.backends.cuda.matmul]
+    before = [getattr(m, name) for m in modules]
+    try:
+        for m in modules: setattr(m, name, value)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False): yield
+    finally:
+        for m, v in zip(modules, before): setattr(m, name, v)
+
+# %% ../nbs/04_drifting.ipynb #ff773b2e
 def laplace_noise(
     *shape:int, # [..., D]
     generator:torch.Generator=None, # None: torch's own
@@ -131,10 +138,11 @@ def laplace_noise(
 )->Tensor: # [..., D]
     "The noise n of (12): uniformly random direction, length |Laplace(0, 1)|, which is Exp(1)"
     n = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-    length = torch.empty((*shape[:-1], 1), dtype=dtype, device=device).exponential_(generator=generator)
-    return n.mul_(length/n.norm(dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
+    length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
+    return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
 
-_BLOCK = 16 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
+# %% ../nbs/04_drifting.ipynb #b6c7b41d
+_BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
 
 def _noise_rows(total, shape, generator, like):
     "A function `take(rows)` that hands out the noise of the next rows"
@@ -150,151 +158,189 @@ def _noise_rows(total, shape, generator, like):
         return out[:rows]
     return take
 
-# %% ../nbs/04_drifting.ipynb #9f60f4a8
-def _finite(x): return x.masked_fill_(x == -math.inf, 0.) # an empty sum's logarithm; what it is subtracted from is -inf itself
+# %% ../nbs/04_drifting.ipynb #2941de80
+def _finite(x): return x.masked_fill(x == -math.inf, 0.) # an empty sum's logarithm; what it is subtracted from is -inf itself
 
-def _log_affinity(d_neg, d_pos, tau, unit, config, log_w):
-    "Logarithms of the unnormalised weights of negatives [b, N, K] and positives [b, N, M]"
-    neg, pos = d_neg*(-1/(tau*unit)), d_pos*(-1/(tau*unit))
+def _log_affinity(d, tau, unit, config, log_w):
+    "Logarithms of the unnormalised weights of the negatives [b, N, K] and of the positives [b, N, M]"
+    sides = neg, pos = [s*(-1/(tau*unit)) for s in d]
     own = neg.diagonal(dim1=1, dim2=2)
     if config.self_term == 'masked': own.sub_(100/tau) if config.guards == 'original' else own.fill_(-math.inf)
-    rows = [s.logsumexp(-1, keepdim=True) for s in (neg, pos)] if config.softmax == 'joint' or config.floor else None
-    if config.softmax == 'joint': rows = [torch.logaddexp(*rows)]*2
-    for i, s in enumerate((neg, pos)):
-        columns = _finite(s.logsumexp(-2, keepdim=True)) if config.y_softmax else None
-        if rows is not None: s.sub_(_finite(rows[i]), alpha=.5 if config.y_softmax else 1.) # drops out elsewhere
-        if columns is not None: s.sub_(columns, alpha=.5)
+    half, joint = .5 if config.y_softmax else 1., config.softmax == 'joint' # .5: the root of a product of two softmaxes
+    columns = [_finite(s.logsumexp(-2, keepdim=True)) for s in sides] if config.y_softmax else None
+    rows = [s.logsumexp(-1, keepdim=True) for s in sides] if joint or config.floor else None # else it drops out
+    if joint: rows = [torch.logaddexp(*rows)]*2
+    for i, s in enumerate(sides):
+        if rows is not None: s.sub_(_finite(rows[i]), alpha=half)
+        if columns is not None: s.sub_(columns[i], alpha=half)
         if config.floor: s.clamp_(min=.5*math.log(config.floor))
-        if log_w[i] is not None: s.add_(log_w[i][:, None])
-    return neg, pos
+        if log_w is not None: s.add_(log_w[i][:, None])
+    return sides
 
+# %% ../nbs/04_drifting.ipynb #63523d9b
 def _softmax(log_a, may_be_empty):
-    "Softmax over the last axis; a row without any weight gives zeros"
+    "Softmax over the last axis and its effective number 1/sum w^2; a row without any weight gives zeros"
     w = log_a.softmax(-1)
-    return w.masked_fill_(log_a.amax(-1, keepdim=True) == -math.inf, 0.) if may_be_empty else w
+    if may_be_empty: w.masked_fill_(log_a.amax(-1, keepdim=True) == -math.inf, 0.)
+    w2 = _squared_norm(w)
+    return w, torch.where(w2 > 0, 1/w2, 0.)
 
-# %% ../nbs/04_drifting.ipynb #00c0cb7e
-def _field(neg, pos, d_neg, d_pos, tau, unit, config, log_w):
+def _field(x, neg, pos, d, tau, unit, config, log_w):
     "The unnormalised field of one temperature [b, N, D], and the effective numbers of negatives and positives [b, N]"
-    a_neg, a_pos = _log_affinity(d_neg, d_pos, tau, unit, config, log_w)
-    empty = log_w[0] is not None or a_neg.shape[-1] == 1
-    q, p = _softmax(a_neg, empty), _softmax(a_pos, empty)
-    V = torch.bmm(p, pos).baddbmm_(q, neg, alpha=-1) # x_j drops out: both weights sum to one
+    a_neg, a_pos = _log_affinity(d, tau, unit, config, log_w)
+    may_be_empty = log_w is not None or a_neg.shape[-1] == 1
+    (q, n_neg), (p, n_pos) = _softmax(a_neg, may_be_empty), _softmax(a_pos, may_be_empty)
+    V = torch.bmm(p, pos) # x_j drops out where both weights sum to one
+    for part, w in zip(neg, q.split([len(part[0]) for part in neg], -1)): V.baddbmm_(w, part, alpha=-1)
+    if may_be_empty: V.sub_(((n_pos > 0).to(V) - (n_neg > 0).to(V))[..., None]*x)
     if config.softmax == 'joint': V.mul_((a_neg.logsumexp(-1) + a_pos.logsumexp(-1)).exp_()[..., None])
-    return V, *(w.square().sum(-1).reciprocal_() for w in (q, p))
+    return V, n_neg, n_pos
 
-# %% ../nbs/04_drifting.ipynb #94159825
+# %% ../nbs/04_drifting.ipynb #1a128647
 def _check(gen, pos, neg, weights, classes, chunk):
-    "Refuse shapes that do not fit; fill in what was left out"
-    if neg is None: neg = gen[:, :0]
+    "One sentence for inputs that do not fit together"
     for name, x in (('gen', gen), ('pos', pos), ('neg', neg)):
-        if x.ndim != 3 or not x.is_floating_point(): raise ValueError(f'{name} is {x.dtype} {list(x.shape)}: accepted are floating-point tensors [B, samples, D]')
+        if x.ndim != 3 or not x.is_floating_point():
+            raise ValueError(f'{name} is {x.dtype} {list(x.shape)}: accepted are floating-point tensors [B, samples, D]')
         if (len(x), x.shape[2]) != (len(gen), gen.shape[2]): raise ValueError(f'{name} is {list(x.shape)} and gen {list(gen.shape)}: B and D must agree')
     if 0 in gen.shape or not pos.shape[1]: raise ValueError(f'gen is {list(gen.shape)}, pos {list(pos.shape)}: both need at least one sample')
     if classes < 1 or len(gen) % classes: raise ValueError(f'classes={classes}: must divide B={len(gen)}, which is classes * tokens')
     if chunk is not None and chunk < 1: raise ValueError(f'chunk={chunk}: accepted is a whole number from 1, or None')
-    dtype = torch.promote_types(torch.promote_types(torch.promote_types(gen.dtype, pos.dtype), neg.dtype), torch.float32)
-    if all(w is None for w in weights): return gen, pos, neg, dtype, (None, None)
-    filled = []
     for name, x, w in zip(('weight_gen', 'weight_pos', 'weight_neg'), (gen, pos, neg), weights):
-        if w is None: w = gen.new_ones(x.shape[:2])
+        if w is None: continue
         if w.shape != x.shape[:2]: raise ValueError(f'{name} is {list(w.shape)}: accepted is {list(x.shape[:2])}')
         if not bool(((w >= 0) & w.isfinite()).all()): raise ValueError(f'{name} has negative or infinite entries: accepted are numbers from 0')
-        filled.append(w.detach().to(dtype))
-    return gen, pos, neg, dtype, (torch.cat([filled[0], filled[2]], 1), filled[1])
 
-def _reduce(x, group):
-    "Sum over the processes of `group`, in place"
-    if group is not None: torch.distributed.all_reduce(x, group=group)
-    return x
+# %% ../nbs/04_drifting.ipynb #33aa3a5d
+class _Samples:
+    "One call's samples and weights, brought a few rows of B at a time"
+    def __init__(self, gen, pos, neg, weights, config, chunk):
+        self.parts, self.config = (gen, neg, pos), config
+        self.sizes = [x.shape[1] for x in self.parts]
+        (self.B, self.N, self.D), self.K, self.T = gen.shape, sum(self.sizes[:2]), sum(self.sizes)
+        self.device, self.dtype, self.perturbed = gen.device, torch.float32, config.perturbation != 'off'
+        for x in self.parts: self.dtype = torch.promote_types(self.dtype, x.dtype)
+        ones = [self.new(*x.shape[:2], fill=1.) if w is None else w.detach().to(self.dtype) for x, w in zip((gen, pos, neg), weights)]
+        self.weights, self.weighted = (torch.cat([ones[0], ones[2]], 1), ones[1]), any(w is not None for w in weights)
+        chunk = min(chunk or self._by_memory(), self.B)
+        self.rows = [slice(i, min(i+chunk, self.B)) for i in range(0, self.B, chunk)]
+        self.moved = self.new(chunk, self.N if config.perturbation == 'query' else self.K, self.D, fill=None) if self.perturbed else None
+        self.buffer, self.copied = None, {}
 
-# %% ../nbs/04_drifting.ipynb #0221225c
-def _mean_distance(total, mass, config, group, classes):
-    "Weighted mean distance per scope, for each of B"
-    if config.scope == 'token': return total/mass
-    sums = torch.stack([total, mass]).view(2, 1 if config.scope == 'call' else classes, -1).sum(2)
-    if config.scope == 'call': _reduce(sums, group)
-    return (sums[0]/sums[1]).repeat_interleave(len(total)//sums.shape[1])
+    def new(self, *shape, fill=0.):
+        new = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return new if fill is None else new.fill_(fill)
 
-def _rows_at_once(B, N, K, M, D, config, like):
-    "How many of B fit into twice the distance matrices' memory, but at least 32 MB (1 GB on an accelerator)"
-    copies = 1 if config.perturbation == 'off' else 3
-    row = like.element_size()*((K+M)*D*copies + 3*N*(K+M) + 3*N*D)
-    budget = max(2**25 if like.device.type == 'cpu' else 2**30, 2*like.element_size()*B*N*(K+M))
-    rows = min(B, max(1, budget//row))
-    return rows - rows % _BLOCK if rows > _BLOCK else rows
+    def _by_memory(self):
+        "How many of B fit into 16 MB, which a processor's caches hold, or 1 GB of an accelerator, which likes large batches"
+        row = self.dtype.itemsize*((self.T + 2*self.perturbed*self.K)*self.D + 4*self.N*self.T + 3*self.N*self.D)
+        fit = (2**24 if self.device.type == 'cpu' else 2**30)//row
+        return 2**int(math.log2(max(1, fit))) # a power of two, to meet the noise's blocks
 
+    def __getitem__(self, r):
+        "Generated samples, extra negatives and positives of rows r; copied only to change the type or to take away a large mean"
+        parts = [x[r] for x in self.parts]
+        centre = parts[0].mean(1, keepdim=True, dtype=self.dtype)
+        if r.start not in self.copied: # a mean beyond 1.7 times the spread is large
+            self.copied[r.start] = any(x.dtype != self.dtype for x in parts) or bool((4*_squared_norm(centre)[:, 0] > 3*_squared_norm(parts[0]).mean(1)).any())
+        if not self.copied[r.start]: return parts
+        if self.buffer is None: self.buffer = self.new(self.rows[0].stop, self.T, self.D, fill=None)
+        out = self.buffer[:r.stop-r.start].split(self.sizes, 1)
+        for x, y in zip(parts, out): torch.sub(x, centre, out=y)
+        return out
+
+# %% ../nbs/04_drifting.ipynb #7795c727
+def _both_distances(s, x, negatives, pos, pos2=None, same=True):
+    "Distances of x to the negatives, a list of which the first begins with x itself if `same`, and to the positives"
+    floor = 1e-8 if s.config.guards == 'original' else 0.
+    d = [distances(x, y, floor=floor, same=same and i == 0) for i, y in enumerate(negatives)]
+    return [torch.cat(d, -1) if len(d) > 1 else d[0], distances(x, pos, floor=floor, y2=pos2)]
+
+def _mean_distance(s, group, classes):
+    "Weighted mean distance, self-distances included, per call, class or token; and the distances, if they will be used again"
+    sums, kept = s.new(2, s.B), {}
+    for r in s.rows:
+        gen, neg, pos = s[r]
+        d = _both_distances(s, gen, [gen, neg], pos)
+        sums[0, r] = sum(torch.einsum('bnk,bk->b', x, w[r]) for x, w in zip(d, s.weights))
+        sums[1, r] = s.N*sum(w[r].sum(1) for w in s.weights)
+        if not s.perturbed: kept[r.start] = d
+    sums = sums.view(2, {'call': 1, 'class': classes, 'token': s.B}[s.config.scope], -1).sum(2)
+    if s.config.scope == 'call' and group is not None: torch.distributed.all_reduce(sums, group=group)
+    return sums[0]/sums[1].clamp(min=torch.finfo(s.dtype).tiny), kept
+
+def _units(s, scale):
+    "What multiplies tau, and the unit in which coordinates are of order one, for each of B"
+    scale = scale.repeat_interleave(s.B//len(scale))
+    if s.config.guards == 'original': return scale.clamp(min=1e-3), (scale/s.D**.5).clamp(min=1e-3)
+    unit = torch.where(scale > 0, scale, 1.)
+    return unit, torch.ones_like(unit) if s.config.scale == 'raw' else unit/s.D**.5
+
+# %% ../nbs/04_drifting.ipynb #cad5b7cd
+def _perturbed(s, gen, neg, noise, by, tau):
+    "Queries and list of negatives, moved by tau*by*noise as (12) says"
+    sizes = s.sizes[:1] if s.config.perturbation == 'query' else s.sizes[:2]
+    moved = s.moved[:len(gen)]
+    for x, n, out in zip((gen, neg), noise.split(sizes, 1), moved.split(sizes, 1)): torch.addcmul(x, n, by, value=tau, out=out)
+    return moved[:, :s.N], [gen, neg] if s.config.perturbation == 'query' else [moved]
+
+def _fields(s, unit, kept, generator):
+    "Yield temperature's index, rows, and what `_field` returns for them"
+    c, column = s.config, lambda x: x[:, None, None]
+    if s.perturbed:
+        draws = len(c.temperatures) if c.perturbation_draw == 'independent' else 1
+        take = _noise_rows(s.B, (draws, s.moved.shape[1], s.D), generator, s.moved)
+        by = {'mean': unit, 'coordinate': unit/s.D**.5, 'raw': torch.ones_like(unit)}[c.perturbation_unit]
+    for r in s.rows:
+        gen, neg, pos = s[r]
+        x, negatives, log_w = gen, [gen, neg], [w[r].log() for w in s.weights] if s.weighted else None
+        if s.perturbed:
+            noise = None # let go of the old rows before new ones are drawn
+            noise, pos2 = take(r.stop-r.start), _squared_norm(pos)
+        else: d = kept.pop(r.start, None) or _both_distances(s, x, negatives, pos)
+        for t, tau in enumerate(c.temperatures):
+            if s.perturbed:
+                x, negatives = _perturbed(s, gen, neg, noise[:, t % draws], column(by[r]), tau)
+                d = _both_distances(s, x, negatives, pos, pos2, same=c.perturbation == 'all')
+            yield t, r, *_field(x, negatives, pos, d, tau, column(unit[r]), c, log_w)
+
+# %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
-    "Sum over temperatures of the normalised fields [B, N, D], and what is worth knowing about them"
-    gen, pos, neg, dtype, w = _check(gen, pos, neg, weights, classes, chunk)
-    (B, N, D), M, K, T, device = gen.shape, pos.shape[1], gen.shape[1]+neg.shape[1], len(config.temperatures), gen.device
-    perturbed, original = config.perturbation != 'off', config.guards == 'original'
-    new = lambda *shape: torch.zeros(shape, dtype=dtype, device=device)
-    with _exact(device):
-        chunk = chunk or _rows_at_once(B, N, K, M, D, config, new())
-        rows = [slice(i, min(i+chunk, B)) for i in range(0, B, chunk)]
-        def samples(r):
-            y = torch.cat([gen[r], neg[r], pos[r]], 1).to(dtype)
-            return y.sub_(y.mean(1, keepdim=True)) # the field does not see a translation, rounding does
-        def both(x, neg, pos, same): return distances(x, neg, floor=1e-8*original, same=same), distances(x, pos, floor=1e-8*original)
-
-        # the mean distance, of clean samples
-        scale, kept = torch.ones(B, dtype=dtype, device=device), {}
-        if config.scale == 'mean':
-            total, mass = new(B), new(B)
-            for r in rows:
-                y = samples(r)
-                d = both(y[:, :N], y[:, :K], y[:, K:], same=True)
-                total[r] = sum(s.sum((1, 2)) if v is None else torch.einsum('bnk,bk->b', s, v[r]) for s, v in zip(d, w))
-                mass[r] = N*(K+M if w[0] is None else w[0][r].sum(1) + w[1][r].sum(1))
-                if not perturbed: kept[r.start] = d
-            scale = _mean_distance(total, mass, config, group, classes)
-        unit = scale.clamp(min=1e-3) if original else torch.where(scale > 0, scale, 1.)
-        s = torch.ones_like(scale) if config.scale == 'raw' else (unit/D**.5).clamp(min=1e-3) if original else unit/D**.5 # coordinates' unit
-        column = lambda x, r: x[r][:, None, None]
-
-        draws = 1 if config.perturbation_draw == 'shared' else T
-        take = _noise_rows(B, (draws, N if config.perturbation == 'query' else K, D), generator, new())
-        V, parts = new(B, N, D), new(T, B, N, D) if config.normalisation == 'rms' else None
-        square, own, norm, n_neg, n_pos = new(T, B), new(T, B), new(T), new(T), new(T)
-        coordinate = s if config.reduction == 'original' else torch.ones_like(s)
-        for r in rows:
-            y = samples(r)
-            x, atoms, positives = y[:, :N], y[:, :K], y[:, K:]
-            log_w = [None if v is None else v[r].log() for v in w]
-            if perturbed: noise = take(len(y)).mul_(dict(mean=column(unit, r), coordinate=column(unit/D**.5, r), raw=1.)[config.perturbation_unit][..., None] if config.perturbation_unit != 'raw' else 1.)
-            else: d = kept.pop(r.start) if kept else both(x, atoms, positives, same=True)
-            for t, tau in enumerate(config.temperatures):
-                if perturbed:
-                    n = noise[:, t % draws]
-                    moved = torch.add(y[:, :n.shape[1]], n, alpha=tau)
-                    d = both(moved[:, :N], moved if config.perturbation == 'all' else atoms, positives, same=config.perturbation == 'all')
-                F, e_neg, e_pos = _field(moved if config.perturbation == 'all' else atoms, positives, *d, tau, column(unit, r), config, log_w)
-                length = F.norm(dim=-1, keepdim=True)
-                square[t, r] = length.square().sum((1, 2))
-                norm[t] += length.sum(); n_neg[t] += e_neg.sum(); n_pos[t] += e_pos.sum()
-                if config.normalisation == 'rms': parts[t, r] = F
-                elif config.normalisation == 'none':
-                    V[r] += F/column(coordinate, r)
-                    own[t, r] = square[t, r]/coordinate[r]**2
-                else:
-                    V[r] += F/torch.where(length > 0, length, 1.)
-                    own[t, r] = (length > 0).sum((1, 2)).to(dtype)
-        # mean square in coordinates of order one, over everything and every process
-        sums = _reduce(torch.cat([(square/s**2).sum(1), new(1)+B*N*D]), group)
-        mean_square = sums[:T]/sums[T]
+    "Fields of all temperatures, normalised and added [B, N, D]; minus d loss / d gen over that [B]; and what is worth knowing"
+    neg = gen[:, :0] if neg is None else neg
+    _check(gen, pos, neg, weights, classes, chunk)
+    with _exact(gen.device):
+        s, n, original = _Samples(gen, pos, neg, weights, config, chunk), len(config.temperatures), config.reduction == 'original'
+        scale, kept = _mean_distance(s, group, classes) if config.scale == 'mean' else (s.new(1, fill=1.), {})
+        unit, coordinate = _units(s, scale)
+        step = coordinate if original else torch.ones_like(coordinate) # the unit in which the loss sees gen
+        V, own, square, means = s.new(s.B, s.N, s.D), s.new(n, s.B), s.new(n, s.B), s.new(3, n)
+        parts = s.new(n, s.B, s.N, s.D, fill=None) if config.normalisation == 'rms' else None # known only after the last row
+        for t, r, F, n_neg, n_pos in _fields(s, unit, kept, generator):
+            length = torch.linalg.vector_norm(F, dim=-1)
+            square[t, r] = length.square().sum(1)
+            means[:, t] += torch.stack([length.sum(), n_neg.sum(), n_pos.sum()])/(s.B*s.N)
+            if config.normalisation == 'rms': parts[t, r] = F
+            elif config.normalisation == 'unit':
+                V[r].addcdiv_(F, torch.where(length > 0, length, 1.)[..., None])
+                own[t, r] = (length > 0).sum(1).to(s.dtype)
+            else:
+                V[r].addcdiv_(F, step[r, None, None])
+                own[t, r] = square[t, r]/step[r]**2
+        # the mean square, in coordinates of order one, is over all of B and all processes
+        sums = torch.cat([(square/coordinate**2).sum(1), s.new(1, fill=s.B*s.N*s.D)])
+        if group is not None: torch.distributed.all_reduce(sums, group=group)
+        mean_square = sums[:n]/sums[n]
         if config.normalisation == 'rms':
-            rms = mean_square.clamp(min=1e-8).sqrt() if original else torch.where(mean_square > 0, mean_square, 1.).sqrt()
-            for t in range(T): V += parts[t]/(rms[t]*s[:, None, None])
-            own = square/(s*rms[:, None])**2
-        loss = V.square().mean((1, 2)) if config.reduction == 'original' else own.mean(0)
-    step = 2/(N*D*coordinate) if config.reduction == 'original' else torch.full_like(s, 2/T) # minus d loss / d gen, over V
-    scale = scale[0] if config.scope == 'call' else scale if config.scope == 'token' else scale[::B//classes]
-    info = dict(loss=loss, scale=scale, V=V, v_norm=norm/(B*N), n_eff_neg=n_neg/(B*N), n_eff_pos=n_pos/(B*N),
+            rms = (mean_square.clamp(min=1e-8) if config.guards == 'original' else torch.where(mean_square > 0, mean_square, 1.)).sqrt()
+            for part, q in zip(parts, rms): V.addcdiv_(part, (coordinate*q)[:, None, None])
+            own = square/(coordinate*rms[:, None])**2
+        loss, slope = (V.square().mean((1, 2)), 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
+    info = dict(loss=loss, V=V, scale=scale[0] if config.scope == 'call' else scale, v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
         **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})
-    return V, step, info
+    return V, slope, info
 
-# %% ../nbs/04_drifting.ipynb #1117db7a
+# %% ../nbs/04_drifting.ipynb #ba6b29c2
 def drift_field(
     gen:Tensor, # [B, N, D] generated samples x_j, B = classes * tokens
     pos:Tensor, # [B, M, D] positives y_i
@@ -304,18 +350,18 @@ def drift_field(
     weight_gen:Tensor=None, # [B, N], from 0; None: 1
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
-    config:DriftConfig=DriftConfig(scale='raw', normalisation='none'), # its temperatures are replaced by `tau`
-    generator:torch.Generator=None, # of the perturbation's noise
+    config:DriftConfig=DriftConfig(scale='raw', normalisation='none'), # its temperatures give way to `tau`
+    generator:torch.Generator=None, # of the noise, which is drawn on its device; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost
     **switches, # switches of `DriftConfig` to change
 )->Tensor: # V [B, N, D], float32 or float64, without gradient
     "The drifting field (11): by default with raw tau, separate softmaxes, self left out, unnormalised"
-    config = replace(config, temperatures=(tau,), **switches)
-    return _drift(gen.detach(), pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)[0]
+    config = replace(config, **(dict(temperatures=(tau,), reduction='paper') | switches))
+    return _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)[0]
 
-# %% ../nbs/04_drifting.ipynb #68173c8e
+# %% ../nbs/04_drifting.ipynb #8df86909
 def drift_loss(
     gen:Tensor, # [B, N, D] generated samples, with gradient; B = classes * tokens
     pos:Tensor, # [B, M, D] positives
@@ -325,15 +371,15 @@ def drift_loss(
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
     config:DriftConfig=DriftConfig.preset('c'),
-    generator:torch.Generator=None, # of the perturbation's noise; None: torch's own
+    generator:torch.Generator=None, # of the noise, which is drawn on its device; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost
 )->tuple: # (scalar loss, info)
     "The loss (10), or the original's: its gradient at gen is minus the drifting field, times a constant"
-    V, step, info = _drift(gen.detach(), pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)
+    V, slope, info = _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator, chunk, group, classes)
     loss = info['loss']
     if gen.requires_grad:
         along = torch.einsum('bnd,bnd->b', gen.to(V.dtype), V)
-        loss = loss - step*(along - along.detach()) # |x - sg(x+V)|^2, expanded: the same value, the same gradient
+        loss = loss - slope*(along - along.detach()) # |x - sg(x+V)|^2 without its rounding: the same value, the same gradient
     return (loss.mean() if config.reduction == 'original' else loss.sum()/classes), info

@@ -19,7 +19,7 @@ from .core import ParameterError, atomic, stream
 from .images import Images, open_images, to_uint8
 from .protocol import Extractor, cached_features, protocol
 
-# %% ../nbs/07_evaluate.ipynb #09fe512d
+# %% ../nbs/07_evaluate.ipynb #db8c869c
 def as_features(
     x, # features [N, D]: a tensor or an array
     name:str='the features', # what a complaint calls them
@@ -30,7 +30,7 @@ def as_features(
     if x.ndim != 2 or x.shape[1] == 0: raise ValueError(f"{name}: the shape is {tuple(x.shape)}, accepted is [N, D], one row per image")
     if len(x) < least: raise ValueError(f"{name}: {len(x)} samples are too few, at least {least} are needed")
     if not x.is_floating_point(): x = x.double()
-    bad = int((~x.isfinite().all(1)).sum())
+    bad = sum(int((~part.isfinite().all(1)).sum()) for part in x.split(4096))
     if bad: raise ValueError(f"{name}: {bad} of {len(x)} rows contain NaN or infinity")
     return x
 

@@ -45,7 +45,8 @@ def test_every_notebook_that_checks_parameters_has_the_tag():
         values = [n for n in ast.walk(ast.parse(source(cells[tagged[0]]))) if isinstance(n, ast.Assign)]
         assert values and all(isinstance(ast.literal_eval(n.value), (int, float, str)) for n in values), path.name
         first_check = min(i for i, c in enumerate(cells) if 'check_parameters(' in source(c))
-        work_between = [source(c) for c in cells[tagged[0]+1:first_check] if 'default_exp' not in source(c)]
+        imports_only = lambda s: all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(s).body)
+        work_between = [source(c) for c in cells[tagged[0]+1:first_check] if not imports_only(source(c))]
         assert not work_between, f'{path.name}: {work_between}'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
