@@ -71,3 +71,8 @@ def test_import_does_not_need_papermill_or_torch_fidelity():
 def test_weights_are_small():
     parts = ('encoder', 'decoder', 'stats', 'judge', 'teacher')
     assert sum((ROOT/f'drift_rae/weights/tiny/{p}.safetensors').stat().st_size for p in parts) <= 8e6
+
+def test_the_readme_is_what_the_index_says(tmp_path):
+    done = run([sys.executable, str(ROOT/'.ci/readme'), str(tmp_path)], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'README.md').read_text() == (ROOT/'README.md').read_text()
