@@ -187,17 +187,17 @@ def sample(
     def velocity(x, t): return guided_velocity(model, x, t.expand(len(x)), labels, guidance, interval, guide)
     with _no_label_dropout(model, guide): return SAMPLERS[method](velocity, z, grid, callback)
 
-# %% ../nbs/05_flow.ipynb #baf9d3d0
+# %% ../nbs/05_flow.ipynb #829be176
 @dataclass(frozen=True)
 class FlowConfig:
     "How a flow teacher is trained; `FlowConfig.preset(model)` knows the miniature's values and ImageNet's"
-    steps:int=3000 # updates
-    batch:int=128 # latents per update
-    lr:tuple=(1e-3, 5e-5) # learning rate at the first and the last update
+    steps:int=5000 # updates
+    batch:int=64 # latents per update
+    lr:tuple=(3e-3, 3e-5) # learning rate at the first and the last update
     betas:tuple=(.9, .95) # AdamW
     weight_decay:float=0. # AdamW
     clip:float=1. # largest gradient norm
-    ema:tuple=(.998, 100) # decay of the averaged weights, and its warm-up in updates
+    ema:tuple=(.999, 200) # decay of the averaged weights, and its warm-up in updates
     shift:float=2. # time shift; None = `default_shift` of the latents
     time:str='logit-normal' # distribution of times before the shift, or 'uniform'
 
@@ -235,14 +235,15 @@ def train_teacher(
                      clip=flow.clip, average=average, decay=flow.ema, name='teacher')
     return average, losses
 
-# %% ../nbs/05_flow.ipynb #f775f7f2
+# %% ../nbs/05_flow.ipynb #fdbb1c73
 def save_teacher(
     path, # the .safetensors file to write
     model:DiTDH, # usually the averaged one
-    **about, # anything JSON can hold: seed, steps, loss
+    losses:list=(), # of each training step, kept beside the weights
+    **about, # anything JSON can hold: seed, training configuration
 ):
-    "Write weights, constructor keywords and time shift into one safetensors file"
-    save_weights(path, model.state_dict(), dict(model=model.config, shift=model.shift, **about))
+    "Write weights, losses, constructor keywords and time shift into one safetensors file"
+    save_weights(path, {**model.state_dict(), **({'losses': torch.tensor(losses)} if len(losses) else {})}, dict(model=model.config, shift=model.shift, **about))
 
 def load_teacher(
     name_or_path='tiny', # 'tiny', a .safetensors file or a folder holding teacher.safetensors, or an official .pt checkpoint
@@ -256,6 +257,7 @@ def load_teacher(
     if not path.is_file(): raise ParameterError(f"no file {path}: expected a teacher, either .safetensors as written by save_teacher or an official .pt checkpoint")
     if path.suffix == '.safetensors': state, about = load_weights(path)
     else: state, about = _official_state(path), dict(model=preset(model), shift=None)
+    state.pop('losses', None)
     if 'model' not in about: raise ParameterError(f"{path} has no configuration: expected weights written by save_teacher")
     with torch.device('meta'): net = DiTDH(**about['model'])
     _same_tensors(path, state, net.state_dict())

@@ -1,13 +1,15 @@
 "DiT^DH and flow matching: what a notebook cell can't hold (every option, damaged files, properties)"
-import itertools, json, math
+import itertools, json
+from dataclasses import asdict
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from drift_rae import flow
-from drift_rae.core import ParameterError, save_weights, stream
-from drift_rae.ditdh import sincos_table
+from drift_rae.autoencoder import RAE
+from drift_rae.core import ParameterError, image_noise, load_weights, save_weights, stream, weights_path
 from drift_rae.flow import (DiTDH, FlowConfig, default_shift, flow_loss, guided_velocity, load_teacher, one_step, preset,
                             sample, sample_time, save_teacher, time_grid, time_shift, train_teacher)
+from drift_rae.judge import load_judge
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'
@@ -262,7 +264,7 @@ def test_shift_by_dimension_when_none():
 
 def test_save_and_load(tmp_path):
     net = shaken(**SMALL); net.shift = 1.5
-    save_teacher(tmp_path/'teacher.safetensors', net, seed=4)
+    save_teacher(tmp_path/'teacher.safetensors', net, [2., 1.5], seed=4)
     for where in (tmp_path, tmp_path/'teacher.safetensors', str(tmp_path)):
         again = load_teacher(where)
         assert again.config == net.config and again.shift == 1.5 and not again.training
@@ -299,6 +301,17 @@ def test_wrong_files(tmp_path, official):
                        ((tmp_path/'none.pt',), 'no file'), ((tmp_path,), 'teacher.safetensors'), (('xl',), 'does not ship'), ((tmp_path/'small.pt', 'huge'), 'unknown preset')):
         with pytest.raises(ParameterError) as e: load_teacher(*what)
         assert says in str(e.value) and '\n' not in str(e.value)
+
+# ---- the teacher that ships ----
+
+def test_shipped_teacher():
+    "Its file names its training, and its samples are digits of the class asked for"
+    (tensors, about), teacher = load_weights(weights_path('tiny/teacher')), load_teacher('tiny')
+    assert about['model'] == DiTDH(**preset('tiny')).config and teacher.shift == about['shift'] == FlowConfig.preset('tiny').shift
+    assert about['flow'] == json.loads(json.dumps(asdict(FlowConfig.preset('tiny')))) and len(tensors['losses']) == about['flow']['steps']
+    rae, judge, y = RAE.from_pretrained('tiny'), load_judge(), torch.arange(10).repeat(20)
+    with torch.no_grad(): right = judge.predict(rae.decode(sample(teacher, image_noise(y, (32, 4, 4), 5), y))) == y
+    assert right.float().mean() > .9
 
 def test_contract():
     assert {'DiTDH', 'preset', 'sample', 'one_step', 'flow_loss', 'load_teacher', 'train_teacher'} <= set(flow.__all__)
