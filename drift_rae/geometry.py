@@ -146,7 +146,7 @@ def spherical_mmd(
     if not (isinstance(tau, (int, float)) and 0 < tau < math.inf): raise ValueError(f'tau={tau!r}: accepted is a number above 0')
     return float(torch.stack([class_smmd(mine, tau) for _, mine in _classes(x, labels, 2)]).mean())
 
-# %% ../nbs/03_geometry.ipynb #250a613c
+# %% ../nbs/03_geometry.ipynb #b1f1bbf5
 def _remainder(x, chord):
     "Yield (columns, Y, Z): the trajectory from its first point on, and what is left of it beside the chord"
     columns = max(1, 2**24//len(x))
@@ -178,8 +178,10 @@ def trajectory_frame(
         u = torch.cat([z.sub(z.mean(0)).T @ axes for _, _, z in _remainder(x, chord)]) # [D, 2]
         u = torch.linalg.qr(u if closed else torch.cat([chord[:, None], u], 1))[0] # [D, 3]
         axes = sum((z - z.mean(0)) @ u[c, -axes.shape[1]:] for c, _, z in _remainder(x, chord))
-    if x.shape[1] == 3 and torch.linalg.det(u) < 0: u[:, 2] = -u[:, 2] # so that a right-handed screw stays one
-    return sum(y @ u[c] for c, y, _ in _remainder(x, chord))
+    frame = sum(y @ u[c] for c, y, _ in _remainder(x, chord))
+    sign = torch.where(torch.stack([frame[-1, 0], *frame[len(x)//2, 1:]]) < 0, -1., 1.).to(frame) # all trajectories bend to the same side
+    if x.shape[1] == 3 and torch.linalg.det(u)*sign.prod() < 0: sign[2] = -sign[2] # a right-handed screw stays one
+    return frame*sign
 
 # %% ../nbs/03_geometry.ipynb #f39a14a2
 def _derivatives(x, window):

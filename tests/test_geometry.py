@@ -225,11 +225,14 @@ def test_the_middle_of_the_trajectories():
 
 def test_the_notebook_on_a_store_of_imagenet_layout(tmp_path):
     "papermill with model=xl on a tiny store writes the tables; the shapes of the store decide, not the preset"
-    small_store(tmp_path/'store', counts=(12, 20, 15))
-    done = papermill('03_geometry', tmp_path, model='xl', latents=tmp_path/'store', out=tmp_path/'made')
+    small_store(tmp_path/'store', counts=(12, 20, 15), shape=(32, 4, 4))
+    teacher = ROOT/'drift_rae/weights/tiny/teacher.safetensors'
+    done = papermill('03_geometry', tmp_path, model='xl', latents=tmp_path/'store', out=tmp_path/'made', teacher=teacher, trajectories=2, points=101)
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads((tmp_path/'made/statistics.json').read_text())
     assert {r['statistic'] for r in made['rows']} == set(STATISTICS) and made['model'] == 'xl' and made['counts'] == [12, 20, 15]
+    curves = json.loads((tmp_path/'made/curvature.json').read_text())
+    assert len(curves['rows']) == 12 and all(math.isfinite(r['value']) for r in curves['rows'])
     assert len((tmp_path/'made/statistics.csv').read_text().splitlines()) == 1 + len(STATISTICS)
 
 @pytest.mark.parametrize('wrong, sentence', [(dict(model='xl'), 'give -p latents FOLDER'), (dict(model='huge'), "model='huge'"), (dict(latents='nowhere', model='xl'), 'nowhere')], ids=str)
