@@ -37,7 +37,7 @@ def source(cell): return ''.join(cell['source'])
 
 def test_every_notebook_that_checks_parameters_has_the_tag():
     checked = [p for p in NOTEBOOKS if p.stem != '01a_core' and any(re.search(r'^check_parameters\(', source(c), re.M) for c in code_cells(p))]
-    assert {'02_autoencoder', '02a_vae', '02b_judge', '05_flow', '06_distill', '07_evaluate'} <= {p.stem for p in checked}
+    assert {'02_autoencoder', '02a_vae', '02b_judge', '03_geometry', '05_flow', '06_distill', '07_evaluate'} <= {p.stem for p in checked}
     for path in checked:
         cells = code_cells(path)
         tagged = [i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', [])]
