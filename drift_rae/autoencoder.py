@@ -6,14 +6,14 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ENCODERS', 'DECODERS', 'Encoder', 'sincos_positions', 'DecoderLayer', 'RAEDecoder',
            'RAE', 'latent_statistics', 'save_rae', 'load_rae', 'contrastive_loss', 'train_encoder', 'train_decoder']
 
-# %% ../nbs/02_autoencoder.ipynb #d5c861c9
+# %% ../nbs/02_autoencoder.ipynb #187c4029
 import math
 from pathlib import Path
+from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path # before timm: it silences a warning
+from .data import deform
 import timm, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path
-from .data import deform
 
 # %% ../nbs/02_autoencoder.ipynb #e1eacb71
 IMAGENET_MEAN, IMAGENET_STD = [.485, .456, .406], [.229, .224, .225]

@@ -44,9 +44,9 @@ class DistillConfig:
 
     def to_dict(self): return json.loads(json.dumps({**asdict(self), 'drift': self.drift.to_dict()}))
 
-# %% ../nbs/06_distill.ipynb #b4927b1e
-_SCALES = dict( # n_class  pos  neg  extra        at once      steps         lr              EMA              precision
-    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(5e-4, 5e-6), ema=(.99, 100),    precision='float32', checkpoint_every=100),
+# %% ../nbs/06_distill.ipynb #9e3967bd
+_SCALES = dict( # one row per scale
+    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000, lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16'),
 )
 

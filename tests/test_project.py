@@ -37,7 +37,7 @@ def source(cell): return ''.join(cell['source'])
 
 def test_every_notebook_that_checks_parameters_has_the_tag():
     checked = [p for p in NOTEBOOKS if p.stem != '01a_core' and any(re.search(r'^check_parameters\(', source(c), re.M) for c in code_cells(p))]
-    assert {'02_autoencoder', '02a_vae', '02b_judge', '05_flow', '06_distill', '07_evaluate'} <= {p.stem for p in checked}
+    assert {'02_autoencoder', '02a_vae', '02b_judge', '03_geometry', '05_flow', '06_distill', '07_evaluate'} <= {p.stem for p in checked}
     for path in checked:
         cells = code_cells(path)
         tagged = [i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', [])]
@@ -71,3 +71,8 @@ def test_import_does_not_need_papermill_or_torch_fidelity():
 def test_weights_are_small():
     parts = ('encoder', 'decoder', 'stats', 'judge', 'teacher')
     assert sum((ROOT/f'drift_rae/weights/tiny/{p}.safetensors').stat().st_size for p in parts) <= 8e6
+
+def test_the_readme_is_what_the_index_says(tmp_path):
+    done = run([sys.executable, str(ROOT/'.ci/readme'), str(tmp_path)], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'README.md').read_text() == (ROOT/'README.md').read_text()
