@@ -21,16 +21,16 @@ def nothing_is_left_behind():
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
 @pytest.fixture(scope='module')
-def one(): return {n: launched.run(n_class=n) for n in (8, 7)}
+def one(): return {n: launched.run(n_class=n) for n in (4, 3)}
 
 @pytest.fixture(scope='module')
-def four(): return dict(zip(['ddp', 'fsdp', 'seven'], launch(launched.several, ('run', 'ddp'), ('run', 'fsdp'), ('run', 'ddp', 7), nproc=4)))
+def four(): return dict(zip(['ddp', 'fsdp'], launch(launched.several, ('run', 'ddp'), ('run', 'fsdp'), nproc=4)))
 
 @pytest.fixture(scope='module')
 def two(four):
     "What two processes say, and how they continue what four have saved"
-    return dict(zip(['talk', 'ddp', 'ddp after fsdp', 'fsdp after ddp'], launch(launched.several, ('small_talk',), ('run', 'ddp'),
-        ('run', 'ddp', 8, four['fsdp']['halfway']), ('run', 'fsdp', 8, four['ddp']['halfway']), nproc=2)))
+    return dict(zip(['talk', 'uneven', 'ddp after fsdp', 'fsdp after ddp'], launch(launched.several, ('small_talk',), ('run', 'ddp', 3),
+        ('run', 'ddp', 4, four['fsdp']['halfway']), ('run', 'fsdp', 4, four['ddp']['halfway']), nproc=2)))
 
 def assert_same(a, b, tolerance=1e-12):
     "Weights, average, Adam's moments and the figures of the steps that both have"
@@ -45,20 +45,18 @@ def assert_same(a, b, tolerance=1e-12):
     for x, y in zip(reversed(a['rows']), reversed(b['rows'])): assert x == pytest.approx(y, abs=tolerance)
 
 def test_one_process_trains(one):
-    rows = one[8]['rows']
+    rows = one[4]['rows']
     assert len(rows) == launched.STEPS and all(r['norm'] > .05 for r in rows), 'the clip has to have an effect'
 
 @pytest.mark.parametrize('sharding', ['ddp', 'fsdp'])
-def test_four_processes_compute_what_one_does(one, four, sharding): assert_same(one[8], four[sharding])
+def test_four_processes_compute_what_one_does(one, four, sharding): assert_same(one[4], four[sharding])
 
-def test_an_uneven_deal_is_weighted(one, four): assert_same(one[7], four['seven'])
-
-def test_two_processes_compute_what_one_does(one, two): assert_same(one[8], two['ddp'])
+def test_an_uneven_deal_on_two_processes(one, two): assert_same(one[3], two['uneven'])
 
 @pytest.mark.parametrize('how', ['ddp after fsdp', 'fsdp after ddp'])
-def test_two_processes_continue_what_four_have_saved(one, two, how): assert_same(one[8], two[how])
+def test_two_processes_continue_what_four_have_saved(one, two, how): assert_same(one[4], two[how])
 
-def test_one_process_continues_what_four_have_saved(one, four): assert_same(one[8], launched.run(states=four['fsdp']['halfway']))
+def test_one_process_continues_what_four_have_saved(one, four): assert_same(one[4], launched.run(states=four['fsdp']['halfway']))
 
 def test_small_messages(two):
     talk = two['talk']
@@ -67,12 +65,6 @@ def test_small_messages(two):
     assert '1 classes for 2 processes' in talk['too_few']
     assert talk['mean']['a'] == pytest.approx((.1 + 2*1.1)/3, abs=1e-15) and talk['mean']['b'] == pytest.approx([2/3, 1])
     assert talk['mean']['c'].dtype == torch.float32 and talk['mean']['c'].tolist() == pytest.approx([2/3, 2/3])
-
-def test_the_failing_rank_speaks_first():
-    with pytest.raises(LaunchError) as caught: launch(launched.fail, 'raise', nproc=2)
-    first, *rest = str(caught.value).splitlines()
-    assert first == 'FloatingPointError: step 7: the loss is nan (rank 1 of 2)'
-    assert any("raise FloatingPointError('step 7" in line for line in rest) and rest[1].startswith('Traceback')
 
 def test_a_wrong_parameter_stays_one():
     with pytest.raises(ParameterError) as caught: launch(launched.fail, 'parameter', nproc=2)
@@ -113,20 +105,18 @@ def notebook(path, *sources):
     path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=4)))
 
 def test_a_notebook_shows_rank_0_and_fails_with_rank_1(tmp_path):
-    notebook(tmp_path/'in.ipynb', 'import launched\nfrom drift_rae.launch import launch', "launch(launched.small_talk, nproc=2)['world']",
-        "launch(launched.fail, 'raise', nproc=2)", "print('not reached')")
+    notebook(tmp_path/'in.ipynb', 'import launched\nfrom drift_rae.launch import launch', "launch(launched.fail, 'raise', nproc=2)", "print('not reached')")
     env = {k: v for k, v in environment().items() if k != 'PYTEST_CURRENT_TEST'} # where it is set, ipykernel does not look at what other processes print
     env = {**env, 'PYTHONPATH': os.pathsep.join([env['PYTHONPATH'], str(HERE)])}
     done = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', 'in.ipynb', 'out.ipynb'], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert 'FloatingPointError: step 7: the loss is nan (rank 1 of 2)' in done.stderr and "raise FloatingPointError('step 7" in done.stderr
-    cells = [c for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] if c['cell_type'] == 'code'][-4:]
-    assert ''.join(o['text'] if isinstance(o['text'], str) else ''.join(o['text']) for o in cells[1]['outputs'] if o['output_type'] == 'stream') == 'rank 0 prints\n'
-    assert ''.join(cells[1]['outputs'][-1]['data']['text/plain']) == '2'
-    assert cells[2]['outputs'][-1]['ename'] == 'LaunchError' and not cells[3]['outputs']
+    assert 'LaunchError: FloatingPointError: step 7: the loss is nan (rank 1 of 2)' in done.stderr, "the failing rank's own words, not its peer's lost connection"
+    assert "raise FloatingPointError('step 7" in done.stderr
+    cells = [c for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] if c['cell_type'] == 'code'][-3:]
+    assert ''.join(''.join(o['text']) for o in cells[1]['outputs'] if o['output_type'] == 'stream') == 'rank 0 prints\n'
+    assert cells[1]['outputs'][-1]['ename'] == 'LaunchError' and not cells[2]['outputs']
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_saves_first(number, tmp_path):
+def test_a_stop_saves_first(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport launched\nfrom drift_rae.launch import launch\nif __name__ == '__main__': launch(launched.wait, {str(tmp_path)!r}, nproc=2)"
     (tmp_path/'main.py').write_text(code)
     parent = subprocess.Popen([sys.executable, 'main.py'], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -135,10 +125,10 @@ def test_a_stop_saves_first(number, tmp_path):
         deadline = time.monotonic() + 60
         while not all(p.exists() and p.read_text() for p in pids) and time.monotonic() < deadline: time.sleep(.1)
         time.sleep(.5)
-        parent.send_signal(number)
+        parent.send_signal(signal.SIGTERM)
         error = parent.communicate(timeout=60)[1]
     finally: parent.kill()
     assert parent.returncode == 1
-    assert 'Interrupted: stopped by SIG' in error and error.rstrip().endswith('all is saved')
+    assert 'Interrupted: stopped by SIGTERM after step' in error and error.rstrip().endswith('all is saved')
     assert (tmp_path/'saved').exists()
     assert not any(psutil.pid_exists(int(p.read_text())) for p in pids)
