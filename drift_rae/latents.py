@@ -21,7 +21,7 @@ from .core import ParameterError, atomic, versions, write_json
 from .data import training_digits
 from .images import hash_weights
 
-# %% ../nbs/02c_latents.ipynb #9767f7ef
+# %% ../nbs/02c_latents.ipynb #ea198bba
 class LatentStore:
     "Latents sorted by class: `draw` samples of one class, or a `batch` of all"
     def __init__(self,
@@ -38,6 +38,7 @@ class LatentStore:
     def __len__(self): return len(self.latents)
 
     def rows(self, index:Tensor)->Tensor: # row numbers int64 [n] -> latents [n, C, h, w]
+        if hasattr(self.latents, 'read'): return self.latents.read(index, self.dtype)
         x = torch.from_numpy(self.latents[index.numpy()]) if isinstance(self.latents, np.ndarray) else self.latents[index]
         return x.to(self.dtype or x.dtype)
 
@@ -85,9 +86,9 @@ def from_file(data:np.ndarray, dtype:str)->Tensor: # what a file holds -> latent
     "The inverse of `to_file`; nothing is copied"
     return torch.from_numpy(data.view('<i2')).view(torch.bfloat16) if dtype == 'bfloat16' else torch.from_numpy(data)
 
-# %% ../nbs/02c_latents.ipynb #70016cd8
+# %% ../nbs/02c_latents.ipynb #3574ec34
 class Shards:
-    "Latents [N, C, h, w] in several .npy files; `shards[rows]` reads rows"
+    "Latents [N, C, h, w] in several .npy files; `read` reads rows"
     def __init__(self,
         folder:Path, # where the files are
         table:list, # one dict per file, in order: file, rows, offset, bytes, sha256
@@ -119,18 +120,25 @@ class Shards:
                 buffer = buffer[n:]
         except OSError as e: raise ParameterError(f'latents: shard {file.name} cannot be read at byte {offset} ({e.strerror})') from e
 
-    def __getitem__(self, index)->Tensor: # row numbers [n], in any order -> latents [n, C, h, w] of the stored type
-        index = np.asarray(index, dtype=np.int64)
+    def read(self, index, dtype:torch.dtype=None)->Tensor: # row numbers [n], in any order -> latents [n, C, h, w]; None = of the stored type
+        index, stored = np.asarray(index, dtype=np.int64), DTYPES[self.dtype]
         if len(index) and not 0 <= index.min() <= index.max() < len(self): raise IndexError(f'rows {index.min()} to {index.max()}: this store has {len(self)}')
-        data = np.empty((len(index), *self.shape[1:]), DTYPES[self.dtype][0])
-        out = memoryview(data.reshape(-1).view(np.uint8))
-        size, order = data.itemsize*math.prod(self.shape[1:]), np.argsort(index, kind='stable') # forwards through each file
+        same, shape, kind = dtype in (None, stored[1]), (len(index), *self.shape[1:]), np.dtype(stored[0])
+        # numpy's large arrays lie in large pages, torch's do not, and fresh pages are half the cost of a draw
+        row = np.empty(shape if same else shape[1:], kind)
+        out = from_file(row, self.dtype) if same else torch.from_numpy(np.empty(shape, np.float32)) if dtype == torch.float32 else torch.empty(shape, dtype=dtype)
+        bytes, values, size = memoryview(row.reshape(-1).view(np.uint8)), from_file(row, self.dtype), kind.itemsize*math.prod(shape[1:])
+        order = np.argsort(index, kind='stable') # forwards through each file
         which = np.searchsorted(self.first, index[order], side='right') - 1
         for s in np.unique(which):
             shard = self.table[s]
             with self._open(shard) as file:
-                for k in order[which == s]: self._fill(file, shard['offset'] + size*int(index[k] - self.first[s]), out[k*size:(k+1)*size])
-        return from_file(data, self.dtype)
+                for k in order[which == s]:
+                    self._fill(file, shard['offset'] + size*int(index[k] - self.first[s]), bytes[k*size:(k+1)*size] if same else bytes)
+                    if not same: out[k] = values
+        return out
+
+    def __getitem__(self, index)->Tensor: return self.read(index)
 
     def check(self, contents:bool=False): # also compare the checksums, which reads everything
         "One sentence if a shard is missing, short or altered"
