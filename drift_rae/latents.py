@@ -179,7 +179,7 @@ def write_shard(
 
 def _digest(data): return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/02c_latents.ipynb #c3aa6131
+# %% ../nbs/02c_latents.ipynb #b81a6e01
 def _flat(data, name=''):
     if not isinstance(data, dict): return {name: data}
     return {k: v for key, value in data.items() for k, v in _flat(value, f'{name}.{key}' if name else key).items()}
@@ -205,7 +205,7 @@ def begin_latents(
     if dtype not in DTYPES: raise ParameterError(f"dtype={dtype!r}: a latent store is one of {', '.join(DTYPES)}")
     if min(1, *latent_shape) < 1 or len(latent_shape) != 3: raise ParameterError(f'latent shape {latent_shape}: expected (C, h, w)')
     folder, file_dtype = Path(folder), 'uint16, the bits of bfloat16' if dtype == 'bfloat16' else dtype
-    plan = json.loads(json.dumps(dict(format=2, dtype=dtype, file_dtype=file_dtype, latent_shape=list(latent_shape), num_classes=num_classes, planned_shards=shards, made_by=made_by)))
+    plan = json.loads(json.dumps(dict(format=2, dtype=dtype, file_dtype=file_dtype, latent_shape=list(latent_shape), num_classes=num_classes, planned_shards=shards, made_by=made_by), sort_keys=True))
     for path in (folder/'manifest.json', folder/'writing'/'plan.json'):
         if not path.is_file(): continue
         wrong = _differences(json.loads(path.read_text()), plan)

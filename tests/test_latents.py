@@ -1,5 +1,5 @@
 "The latent store and what fills it: the official crop, several writers, kills, damage, odd pictures"
-import json, os, shutil, signal, time
+import os, shutil, time
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
@@ -13,7 +13,7 @@ from drift_rae.core import ParameterError, stream
 from drift_rae.distill import DistillConfig, step_samples
 from drift_rae.imagenet import ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images
 from drift_rae.latents import DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class
-from test_run import papermill
+from test_run import ROOT, papermill
 
 SIZE = 32
 SETTINGS = dict(shard_images=10, batch=4, size=SIZE)
@@ -96,7 +96,11 @@ def write(rank, world, images, out, weights, delay=0.):
     torch.set_num_threads(1)
     rae = RAE.from_pretrained(weights)
     encode = rae.encode
-    rae.encode = lambda x: (time.sleep(delay), encode(x))[1]
+    def slowly(x):
+        Path(f'{out}-started-{os.getpid()}').touch()
+        time.sleep(delay)
+        return encode(x)
+    rae.encode = slowly
     encode_folder(rae, images, out, rank=rank, world=world, **SETTINGS)
 
 @pytest.fixture(scope='module')
@@ -109,9 +113,10 @@ def once(rae, photographs, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def start():
-    "Start writers quickly: a fork server that has torch already"
+    "Start writers quickly: a fork server that has imported this file already"
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get('PYTHONPATH', '')])
     context = get_context('forkserver')
-    context.set_forkserver_preload(['drift_rae.imagenet'])
+    context.set_forkserver_preload(['test_latents'])
     def begin(*args, world=2, **kwargs):
         writers = [context.Process(target=write, args=(rank, world, *args), kwargs=kwargs) for rank in range(world)]
         for w in writers: w.start()
@@ -126,20 +131,20 @@ def test_two_writers_are_one(once, photographs, start, tmp_path):
 def test_killed_at_any_moment(once, photographs, start, tmp_path):
     "Finished shards stay the very same files, and in the end nothing tells that anybody was killed"
     store, kept, moments = tmp_path/'store', {}, np.random.default_rng(0)
-    for _ in range(6):
-        writers = start(photographs, store, once/'rae', delay=.05)
-        deadline = time.time() + 30
-        while not (store/'writing').is_dir() and time.time() < deadline: time.sleep(.005)
-        time.sleep(moments.uniform(0, .35))
-        for w in writers: os.kill(w.pid, signal.SIGKILL)
+    for attempt in range(30):
+        writers = start(photographs, store, once/'rae', delay=.1)
+        while not all(Path(f'{store}-started-{w.pid}').exists() or not w.is_alive() for w in writers): time.sleep(.002)
+        time.sleep(moments.uniform(0, .5))
+        for w in writers: w.kill()
         for w in writers: w.join(30)
         finished = {p.stem for p in (store/'writing').glob('shard-*.json')}
         now = {k: v for k, v in identity(store).items() if Path(k).stem in finished}
         assert kept.items() <= now.items()
         kept = now
-        if len(kept) < 8:
-            with pytest.raises(ParameterError, match='are not finished|expected a folder'): open_latents(store)
-    assert kept, 'no kill came after a finished shard, the test has shown nothing'
+        if len(kept) == 8: break
+        with pytest.raises(ParameterError, match='are not finished'): open_latents(store)
+        if attempt >= 4 and kept: break
+    assert kept and attempt, 'the first kill came after the last shard, or none after a finished one: nothing was tested'
     for w in start(photographs, store, once/'rae'): w.join(60); assert w.exitcode == 0
     assert kept.items() <= identity(store).items()
     assert files(store) == files(once/'store')
@@ -300,7 +305,7 @@ def test_too_few_positives(once):
     store.require(min(store.counts))
     with pytest.raises(ParameterError, match=r'256 positives of a class are needed: class 0 has 18, and 3 more'): store.require(256)
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=5), each=st.integers(1, 7), dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 99))
 def test_random_access_equals_the_array(tmp_path_factory, counts, each, dtype, seed):
     g, folder = stream(seed), tmp_path_factory.mktemp('s')
@@ -333,5 +338,7 @@ def test_saving_again(tmp_path):
 def test_the_notebook_on_a_folder(once, photographs, tmp_path):
     "The run that ImageNet gets, on the generated folder: two processes after one another, then opened"
     given = dict(images=photographs, autoencoder=once/'rae', out=tmp_path/'out', image_size=SIZE, shard_images=10, batch=4, check=0, world=2)
-    for rank in (1, 0): papermill(tmp_path, notebook='nbs/02e_imagenet.ipynb', rank=rank, **given)
+    for rank in (1, 0):
+        done = papermill('02e_imagenet', tmp_path, rank=rank, **given)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert files(tmp_path/'out') == files(once/'store')
