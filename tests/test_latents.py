@@ -1,11 +1,12 @@
 "The latent store and what fills it: the official crop, several writers, kills, damage, odd pictures"
-import os, shutil, time
+import ast, os, shutil, time
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from papermill import inspect_notebook
 from PIL import Image
 from torchvision import transforms
 from drift_rae.autoencoder import RAE, Encoder, RAEDecoder, save_rae
@@ -13,7 +14,7 @@ from drift_rae.core import ParameterError, stream
 from drift_rae.distill import DistillConfig, step_samples
 from drift_rae.imagenet import ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images
 from drift_rae.latents import DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class
-from test_run import ROOT, papermill
+from test_run import ROOT, papermill, tagged
 
 SIZE = 32
 SETTINGS = dict(shard_images=10, batch=4, size=SIZE)
@@ -334,6 +335,9 @@ def test_saving_again(tmp_path):
     assert len(list((tmp_path/'x').glob('shard-*.npy'))) == 1 and len(open_latents(tmp_path/'x')) == 7
     save_latents(open_latents(tmp_path/'x'), tmp_path/'y', {}, 'bfloat16') # from one type to another
     assert torch.equal(open_latents(tmp_path/'y').of_class(0), b.of_class(0).half().bfloat16().float())
+
+def test_papermill_understands_every_parameter():
+    assert set(inspect_notebook(str(ROOT/'nbs/02e_imagenet.ipynb'))) == {n.targets[0].id for n in ast.parse(tagged('02e_imagenet')).body}
 
 def test_the_notebook_on_a_folder(once, photographs, tmp_path):
     "The run that ImageNet gets, on the generated folder: two processes after one another, then opened"
