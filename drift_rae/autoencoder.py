@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ENCODERS', 'DECODERS', 'RAE_FILES', 'Encoder', 'make_encoder', 'sincos_positions',
-           'DecoderLayer', 'RAEDecoder', 'RAE', 'latent_statistics', 'save_rae', 'load_rae', 'contrastive_loss',
+           'DecoderLayer', 'RAEDecoder', 'RAE', 'latent_statistics', 'fill', 'save_rae', 'load_rae', 'contrastive_loss',
            'train_encoder', 'train_decoder']
 
 # %% ../nbs/02_autoencoder.ipynb #187c4029
@@ -192,6 +192,21 @@ def latent_statistics(
     mean = total/len(images)
     return mean.float(), (square/len(images) - mean.square()).clamp(min=0).float()
 
+# %% ../nbs/02_autoencoder.ipynb #f1a0c3d3
+def fill(
+    model:nn.Module, # of the right shapes, also on the meta device
+    state:dict, # name -> tensor
+    path:str|Path, # where they are from, for the message
+)->nn.Module: # the same model, float32 on the CPU, in evaluation mode
+    "Load strictly; one sentence that counts and names what is missing, unexpected or of another shape"
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    shape = [f'{k}: {list(state[k].shape)} instead of {list(v.shape)}' for k, v in wanted.items() if k in state and state[k].shape != v.shape]
+    said = [f"{len(k)} {what} ({', '.join(k[:3])}{', ...' if len(k) > 3 else ''})" for k, what in ((missing, 'missing'), (extra, 'not expected'), (shape, 'of another shape')) if k]
+    if said: raise ParameterError(f"{path} holds another architecture: of {len(wanted)} tensors, {'; '.join(said)}")
+    model.load_state_dict({k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}, strict=True, assign=True)
+    return model.eval()
+
 # %% ../nbs/02_autoencoder.ipynb #06a4fd0a
 def _parts(rae):
     "Name -> (tensors, configuration) of the three files"
@@ -228,17 +243,13 @@ def load_rae(
         path = weights_path(f'{name}/{part}', folder)
         if part == 'encoder' and said and part not in said: continue # saved without one: it can decode
         weights, config = load_weights(path)
-        if said.get(part, config) != config: raise ParameterError(f"{about} and {path.name} disagree about the configuration of the {part}: {said[part]} and {config}")
+        differ = [k for k in {**config, **said.get(part, config)} if said.get(part, config).get(k) != config.get(k)]
+        if differ: raise ParameterError(f"{about} and {path.name} disagree about {differ[0]} of the {part}: {said[part].get(differ[0])} and {config.get(differ[0])}")
         try: parts[part] = build(config) if build else (weights, config)
         except (RuntimeError, TypeError, ValueError) as e: raise ParameterError(f"{path.name} does not fit its configuration: {e}") from e
-        if build: _fill(parts[part], weights, path)
+        if build: fill(parts[part], weights, path)
     stats, config = parts['stats']
     return RAE(parts.get('encoder'), parts['decoder'], mean=stats.get('mean'), var=stats.get('var'), **config).eval()
-
-def _fill(model, weights, path):
-    "Load weights strictly; one sentence that names the file"
-    try: model.load_state_dict(weights)
-    except RuntimeError as e: raise ParameterError(f"{path.name} does not fit its configuration: {e}") from e
 
 RAE.from_pretrained = staticmethod(load_rae)
 RAE.save_pretrained = save_rae

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HUGGING_FACE', 'ENCODER_REPOSITORIES', 'COLLECTION', 'OFFICIAL_RAES', 'OFFICIAL_TEACHERS', 'SHA256', 'check_sha256',
-           'fetch_file', 'is_repository', 'hub_folder', 'read_checkpoint', 'fill', 'resize_positions',
-           'from_hugging_face', 'to_hugging_face', 'load_encoder', 'load_decoder', 'load_stats', 'decoder_config',
-           'load_official', 'export_official', 'export_teacher', 'open_rae', 'official_teacher']
+           'fetch_file', 'is_repository', 'hub_folder', 'read_checkpoint', 'resize_positions', 'from_hugging_face',
+           'to_hugging_face', 'load_encoder', 'load_decoder', 'load_stats', 'decoder_config', 'load_official',
+           'export_official', 'export_teacher', 'open_rae', 'official_teacher']
 
-# %% ../nbs/02d_official.ipynb #43e6b63d
+# %% ../nbs/02d_official.ipynb #c18ae761
 import hashlib, math, os, pickle, re, zipfile
 from pathlib import Path
 import huggingface_hub, torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from .autoencoder import DECODERS, ENCODERS, RAE, RAE_FILES, Encoder, RAEDecoder, load_rae, make_encoder, sincos_positions
+from .autoencoder import DECODERS, ENCODERS, RAE, RAE_FILES, Encoder, RAEDecoder, fill, load_rae, make_encoder, sincos_positions
 from .core import ParameterError, atomic
 
 # %% ../nbs/02d_official.ipynb #9d303e52
@@ -53,10 +53,10 @@ def fetch_file(
     check_sha256(found, sha256)
     return found
 
-# %% ../nbs/02d_official.ipynb #a57905bd
+# %% ../nbs/02d_official.ipynb #54dec259
 def is_repository(name)->bool: # owner/name, and no folder of that name here
     "Whether this can only be meant as a repository of the Hub"
-    return bool(re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))) and not Path(name).exists()
+    return bool(re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name))) and Path(name).suffix not in ('.pt', '.safetensors') and not Path(name).exists()
 
 def hub_folder(
     repo:str, # 'owner/name'
@@ -66,10 +66,12 @@ def hub_folder(
 )->Path: # folder that holds the files, all of one commit
     "A repository's files as a local folder"
     folder = None
-    for name in files: folder = fetch_file(repo, name, revision if folder is None else folder.name, cache=cache).parent
+    try:
+        for name in files: folder = fetch_file(repo, name, revision if folder is None else folder.name, cache=cache).parent
+    except ParameterError as e: raise ParameterError(f"{e}; nor is there a folder {repo!r} here") from e
     return folder
 
-# %% ../nbs/02d_official.ipynb #4f5b5231
+# %% ../nbs/02d_official.ipynb #e88fe37f
 def read_checkpoint(
     path:str|Path, # a .pt file
 )->dict: # name -> tensor, memory-mapped where possible
@@ -83,20 +85,6 @@ def read_checkpoint(
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ParameterError(f"{path} holds no weights: expected a dictionary of tensors, or one with the part 'ema'")
     return state
-
-def fill(
-    model:nn.Module, # of the right shapes, also on the meta device
-    state:dict, # name -> tensor
-    path:str|Path, # where they are from, for the message
-)->nn.Module: # the same model, float32 on the CPU, in evaluation mode
-    "Load strictly; one sentence that counts and names what is missing, unexpected or of another shape"
-    wanted = model.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shape = [f'{k}: {list(state[k].shape)} instead of {list(v.shape)}' for k, v in wanted.items() if k in state and state[k].shape != v.shape]
-    said = [f"{len(k)} {what} ({', '.join(k[:3])}{', ...' if len(k) > 3 else ''})" for k, what in ((missing, 'missing'), (extra, 'not expected'), (shape, 'of another shape')) if k]
-    if said: raise ParameterError(f"{path} holds another architecture: of {len(wanted)} tensors, {'; '.join(said)}")
-    model.load_state_dict({k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}, strict=True, assign=True)
-    return model.eval()
 
 # %% ../nbs/02d_official.ipynb #cf12a5c2
 _QKV = [f'attention.attention.{n}' for n in ('query', 'key', 'value')]
