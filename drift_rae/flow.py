@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .autoencoder import fill
 from .core import MODELS, ParameterError, fit, load_weights, save_weights, stream, weights_path
 from .ditdh import DiTDH, preset
-from .official import COLLECTION, OFFICIAL_TEACHERS, hub_folder, is_repository, official_teacher, read_checkpoint
+from .official import OFFICIAL_TEACHERS, hub_folder, is_repository, official_teacher, read_checkpoint
 _all_ = ['DiTDH', 'preset']
 
 # %% ../nbs/05_flow.ipynb #2fb9dce3
@@ -268,12 +268,7 @@ def load_teacher(
 def _teacher_file(name, model, revision):
     "The file, and the constructor keywords of a released model"
     if name == 'tiny': return weights_path('tiny/teacher'), None
-    source, row = COLLECTION, name
-    released = OFFICIAL_TEACHERS.get(f'ditdh-{model}', {}).get('file', '-')
-    if name == COLLECTION or (Path(name)/released).is_file(): source, row = name, f'ditdh-{model}'
-    if row in OFFICIAL_TEACHERS and not Path(row).exists():
-        path, size, side = official_teacher(row, source, revision)
-        return path, {**preset(size), 'input_size': side}
+    if released := official_teacher(name, model, revision): return released[0], {**preset(released[1]), 'input_size': released[2]}
     if is_repository(name): return hub_folder(name, ('teacher.safetensors',), revision)/'teacher.safetensors', None
     path = Path(name)/'teacher.safetensors' if Path(name).is_dir() else Path(name)
     if path.is_file(): return path, None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HUGGING_FACE', 'ENCODER_REPOSITORIES', 'COLLECTION', 'OFFICIAL_RAES', 'OFFICIAL_TEACHERS', 'SHA256', 'check_sha256',
            'fetch_file', 'is_repository', 'hub_folder', 'read_checkpoint', 'resize_positions', 'from_hugging_face',
-           'to_hugging_face', 'load_encoder', 'load_decoder', 'load_stats', 'decoder_config', 'load_official',
-           'export_official', 'export_teacher', 'open_rae', 'official_teacher']
+           'to_hugging_face', 'load_encoder', 'check_collection', 'load_decoder', 'load_stats', 'decoder_config',
+           'load_official', 'export_official', 'export_teacher', 'open_rae', 'official_teacher']
 
 # %% ../nbs/02d_official.ipynb #c18ae761
 import hashlib, math, os, pickle, re, zipfile
@@ -108,7 +108,7 @@ def _names(family, depth):
         yield f'blocks.{i}.attn.qkv', [b + q for q in n['qkv']]
         for ours, theirs in n['parts'].items(): yield f'blocks.{i}.{ours}', [b + theirs]
 
-# %% ../nbs/02d_official.ipynb #4bbe0266
+# %% ../nbs/02d_official.ipynb #d64f467a
 def resize_positions(
     position:Tensor, # [1, n*n, D]
     side:int, # wanted tokens per side
@@ -131,8 +131,8 @@ def from_hugging_face(
     depth = 1 + max((int(k[len(n['block']):].split('.')[0]) for k in state if k.startswith(n['block'])), default=-1)
     out = {ours + end: torch.cat([state[t + end] for t in theirs]) if len(theirs) > 1 else state[theirs[0] + end]
            for ours, theirs in _names(family, depth) for end in ('.weight', '.bias', '') if all(t + end in state for t in theirs)}
-    position = state.get(n['position'], torch.zeros(0, 1))
-    position = position[None] if position.ndim == 2 else position
+    if n['position'] not in state: return out # and whoever fills a model with it will hear of what is missing
+    position = state[n['position']].view(1, -1, state[n['position']].shape[-1]) # [1, n, D]
     if 'embeddings.cls_token' in state: out['cls_token'], position = state['embeddings.cls_token'] + position[:, :1], position[:, 1:]
     if 'embeddings.register_tokens' in state: out['reg_token'] = state['embeddings.register_tokens']
     return {**out, 'pos_embed': resize_positions(position, side, n['antialias'])}
@@ -187,7 +187,7 @@ def load_encoder(
     fill(encoder.vit, from_hugging_face(state, name, encoder.vit.patch_embed.grid_size[0]), path)
     return encoder.requires_grad_(False)
 
-# %% ../nbs/02d_official.ipynb #1f3b86de
+# %% ../nbs/02d_official.ipynb #0cb55109
 COLLECTION = 'nyu-visionx/RAE-collections'
 _D, _S, _T = 'decoders/{}/model.pt', 'stats/{}/stat.pt', 'DiTs/Dinov2/wReg_base/{}/stage2_model.pt'
 OFFICIAL_RAES = { # encoder, image size that it sees, decoder, files
@@ -215,6 +215,14 @@ def _shas(repo, revision=None):
     "Known digests of a repository's files, unless another commit was asked for"
     commit, digests = SHA256.get(repo, ('', {}))
     return digests if revision in (None, commit) else {}
+
+def check_collection(
+    folder:str|Path, # a copy of the collection on this machine
+)->list: # files whose digest is known and right
+    "One sentence (`ParameterError`) for the first file that is there and is not the released one"
+    there = [Path(folder)/p for p in _shas(COLLECTION) if (Path(folder)/p).is_file()]
+    for p in there: check_sha256(p, _shas(COLLECTION)[p.relative_to(folder).as_posix()])
+    return there
 
 # %% ../nbs/02d_official.ipynb #2eec15dc
 def load_decoder(
@@ -244,7 +252,7 @@ def load_stats(
         if v is not None and tuple(v.shape) != tuple(shape): raise ParameterError(f"{path}: {k} has shape {list(v.shape)}, expected {list(shape)}")
     return tuple(None if stats.get(k) is None else stats[k].float() for k in ('mean', 'var'))
 
-# %% ../nbs/02d_official.ipynb #6ff012bc
+# %% ../nbs/02d_official.ipynb #8f6f9a6b
 def decoder_config(
     name:str='dinov2-b', # a row of `OFFICIAL_RAES`
     size:str='', # b, l or xl; empty = the released one
@@ -269,7 +277,7 @@ def load_official(
 )->RAE: # in evaluation mode
     "A released autoencoder from the Hub, from its cache, or from a folder"
     row = _row(OFFICIAL_RAES, name)
-    shas = {} if decoder else _shas(COLLECTION, revision)
+    shas = _shas(str(source), revision)
     config = decoder or decoder_config(name)
     made = load_decoder(_in_source(source, [row['decoder']], revision, shas), config)
     stats = load_stats(_in_source(source, [row['stats']], revision, shas), (config['latent_dim'], made.side, made.side))
@@ -300,7 +308,7 @@ def _save_pt(path, what):
     with atomic(path) as f: torch.save(what, f)
     return path
 
-# %% ../nbs/02d_official.ipynb #f09eabb6
+# %% ../nbs/02d_official.ipynb #ccd8b3f2
 def open_rae(
     name_or_path:str|Path, # a row of `OFFICIAL_RAES`, the collection, a folder in its layout, or a repository with our own files
     revision:str=None, # of a repository
@@ -322,10 +330,14 @@ def open_rae(
     return load_rae(folder)
 
 def official_teacher(
-    name:str='ditdh-xl', # a row of `OFFICIAL_TEACHERS`
-    source:str|Path=COLLECTION, # the collection, or a folder in its layout
+    name:str|Path='ditdh-xl', # a row of `OFFICIAL_TEACHERS`, the collection, or a folder in its layout
+    model:str='xl', # which flow model of the collection or folder
     revision:str=None, # of the collection
-)->tuple: # (file, preset name, tokens per side)
+): # (file, preset name, tokens per side), or None if `name` is none of these
     "A released flow model's file, fetched if need be"
-    row = _row(OFFICIAL_TEACHERS, name)
-    return _in_source(source, [row['file']], revision, _shas(COLLECTION, revision) if str(source) == COLLECTION else {}), row['preset'], row['input_size']
+    name, row = str(name), OFFICIAL_TEACHERS.get(f'ditdh-{model}')
+    here = row is not None and (Path(name)/row['file']).is_file()
+    if name in OFFICIAL_TEACHERS and not Path(name).exists(): row, name = OFFICIAL_TEACHERS[name], COLLECTION
+    elif name == COLLECTION: row = _row(OFFICIAL_TEACHERS, f'ditdh-{model}')
+    elif not here: return None
+    return _in_source(name, [row['file']], revision, _shas(name, revision)), row['preset'], row['input_size']
