@@ -109,7 +109,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self): self.reply(False)
     def do_GET(self): self.reply(True)
     def reply(self, body):
-        if self.path.startswith('/api/') or '/resolve/main/model.pt' not in self.path and f'/resolve/{COMMIT}/model.pt' not in self.path:
+        if self.path != '/someone/model/resolve/main/model.pt':
             self.send_response(404); self.send_header('X-Error-Code', 'EntryNotFound' if 'someone/model' in self.path else 'RepoNotFound')
             self.send_header('X-Repo-Commit', COMMIT); self.send_header('Content-Length', '0'); return self.end_headers()
         start = int((self.headers.get('Range') or 'bytes=0-').split('=')[1].split('-')[0]) if body else 0
