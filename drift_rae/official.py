@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HUGGING_FACE', 'ENCODER_REPOSITORIES', 'COLLECTION', 'OFFICIAL_RAES', 'OFFICIAL_TEACHERS', 'SHA256', 'check_sha256',
            'fetch_file', 'is_repository', 'hub_folder', 'read_checkpoint', 'resize_positions', 'from_hugging_face',
-           'to_hugging_face', 'load_encoder', 'check_collection', 'load_decoder', 'load_stats', 'decoder_config',
-           'load_official', 'export_official', 'export_teacher', 'open_rae', 'official_teacher']
+           'to_hugging_face', 'read_safetensors', 'load_encoder', 'check_collection', 'load_decoder', 'load_stats',
+           'decoder_config', 'load_official', 'export_official', 'export_teacher', 'open_rae', 'official_teacher']
 
 # %% ../nbs/02d_official.ipynb #c18ae761
 import hashlib, math, os, pickle, re, zipfile
@@ -151,7 +151,7 @@ def to_hugging_face(
     if 'reg_token' in state: out['embeddings.register_tokens'] = state['reg_token']
     return {**out, n['position']: position[0] if family == 'siglip2' else position}
 
-# %% ../nbs/02d_official.ipynb #2fae9f99
+# %% ../nbs/02d_official.ipynb #ff599c41
 ENCODER_REPOSITORIES = dict(dinov2='facebook/dinov2-with-registers-base', siglip2='google/siglip2-base-patch16-256', mae='facebook/vit-mae-base')
 
 def _in_source(source, paths, revision=None, shas={}):
@@ -166,9 +166,11 @@ def _in_source(source, paths, revision=None, shas={}):
         except ParameterError as e:
             if i == len(paths)-1 or not isinstance(e.__cause__, errors.EntryNotFoundError): raise
 
-def _tower(path, prefix):
-    "The tensors whose names begin with `prefix`; the others are not read"
-    if path.suffix != '.safetensors': return {k: v for k, v in read_checkpoint(path).items() if k.startswith(prefix)}
+def read_safetensors(
+    path:str|Path, # a .safetensors file, of anybody
+    prefix:str='', # only tensors whose names begin with this are read
+)->dict: # name -> tensor
+    "Tensors of a safetensors file; one sentence if it is damaged"
     try:
         with safe_open(str(path), framework='pt') as f: return {k: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}
     except SafetensorError as e: raise ParameterError(f"{path} is not a whole safetensors file ({e})") from e
@@ -182,7 +184,8 @@ def load_encoder(
     "A released encoder"
     if name not in HUGGING_FACE: raise ParameterError(f"encoder {name!r}: accepted is one of {', '.join(HUGGING_FACE)}")
     path = _in_source(source or ENCODER_REPOSITORIES[name], ['model.safetensors', 'pytorch_model.bin'], revision, {} if source else _shas(ENCODER_REPOSITORIES[name], revision))
-    state = _tower(path, HUGGING_FACE[name]['tower'])
+    tower = HUGGING_FACE[name]['tower']
+    state = read_safetensors(path, tower) if path.suffix == '.safetensors' else {k: v for k, v in read_checkpoint(path).items() if k.startswith(tower)}
     with torch.device('meta'): encoder = make_encoder(name, **changes)
     fill(encoder.vit, from_hugging_face(state, name, encoder.vit.patch_embed.grid_size[0]), path)
     return encoder.requires_grad_(False)
