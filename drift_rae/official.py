@@ -151,7 +151,7 @@ def to_hugging_face(
     if 'reg_token' in state: out['embeddings.register_tokens'] = state['reg_token']
     return {**out, n['position']: position[0] if family == 'siglip2' else position}
 
-# %% ../nbs/02d_official.ipynb #ff599c41
+# %% ../nbs/02d_official.ipynb #fcdff9dc
 ENCODER_REPOSITORIES = dict(dinov2='facebook/dinov2-with-registers-base', siglip2='google/siglip2-base-patch16-256', mae='facebook/vit-mae-base')
 
 def _in_source(source, paths, revision=None, shas={}):
@@ -161,10 +161,13 @@ def _in_source(source, paths, revision=None, shas={}):
         for p in paths:
             if (Path(source)/p).is_file(): check_sha256(Path(source)/p, shas.get(p, '')); return Path(source)/p
         raise ParameterError(f"no file {Path(source)/paths[0]}: expected in the folder {str(source)!r}" + ''.join(f", or {p}" for p in paths[1:]))
-    for i, p in enumerate(paths):
+    first = None
+    for p in paths:
         try: return fetch_file(source, p, revision, shas.get(p, ''))
         except ParameterError as e:
-            if i == len(paths)-1 or not isinstance(e.__cause__, errors.EntryNotFoundError): raise
+            if not isinstance(e.__cause__, errors.EntryNotFoundError): raise
+            first = first or e
+    raise first
 
 def read_safetensors(
     path:str|Path, # a .safetensors file, of anybody
