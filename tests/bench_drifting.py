@@ -92,7 +92,8 @@ def laplace_rows(B, K, D, generator, device):
 def compare(tokens=256, device='cpu', repeats=7, slow_tokens=4):
     "A list of rows (dicts): time per token, ratio to the floor, achieved GFLOP/s, extra memory in units of the distance matrices"
     gen, pos, neg = inputs(tokens, device)
-    floor, noise, square = Floor(gen, pos, neg), torch.Generator(device).manual_seed(0), torch.randn(2048, 2048, device=device)
+    floor, noise, side = Floor(gen, pos, neg), torch.Generator(device).manual_seed(0), 2048 if device == 'cpu' else 8192
+    square = torch.randn(side, side, device=device)
     B, N, T, D = floor.B, floor.N, floor.T, floor.D
     original = DriftConfig.preset('deng2026')
     ours = {'ours, no perturbation': OFF, 'ours, perturbation': ON, "ours, the original's preset": original}
@@ -104,7 +105,7 @@ def compare(tokens=256, device='cpu', repeats=7, slow_tokens=4):
     product, off, on = 2*B*N*T*D, t['distance'] + 3*t['field'], 4*t['distance'] + 3*t['field'] # operations of one product; the floors
     rows = []
     def row(name, time, flop, floor, **more):
-        rows.append(dict(name=name, ms_per_token=1e3*time/B, to_floor=time/floor, gflops=flop/time/1e9, of_machine=flop/time*t['square']/(2*2048**3), **more))
+        rows.append(dict(name=name, ms_per_token=1e3*time/B, to_floor=time/floor, gflops=flop/time/1e9, of_machine=flop/time*t['square']/(2*side**3), **more))
     memory = lambda k: (peak_bytes(calls[k], device) - 4*B*N*D)/(4*B*N*T) # the field itself is the result, not extra
     row('floor: 4 bare products', off, 4*product, off)
     for k in ('ours, no perturbation', "ours, the original's preset"): row(k, t[k], 4*product, off, memory=memory(k))
