@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'FIGURES', 'DistillConfig', 'config_for', 'to_tokens', 'step_labels', 'step_samples',
-           'make_student', 'check_world', 'share_out', 'drift_step']
+           'make_student', 'check_world', 'share_out', 'own_chunks', 'drift_step']
 
 # %% ../nbs/05f_step.ipynb #3a162c1f
 import copy, json
@@ -192,6 +192,15 @@ FIGURES = ('v_norm', 'n_eff_pos', 'n_eff_neg') # of each temperature
 # %% ../nbs/05f_step.ipynb #ae60e484
 def _slices(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
+def own_chunks(
+    labels:list, # the step's classes, of all processes
+    config:DistillConfig,
+)->tuple: # this process's classes in the portions in which they are computed; its part of their samples; number of parts
+    "What this process does of a step"
+    own, part, parts = share_out(labels, launch.rank(), launch.world_size())
+    # classes that share a mean distance go through the field together
+    return [own] if config.drift.scope == 'call' else [own[i] for i in _slices(len(own), config.at_once)], part, parts
+
 def drift_step(
     network:nn.Module, # (x, t, y) -> velocity, the student, wrapped if there are several processes; gradients are added to its parameters
     store, # `latents.LatentStore`
@@ -204,9 +213,7 @@ def drift_step(
 )->tuple: # loss (float) and dict of per-temperature figures of the field, both averaged over the step's classes
     "Loss (10) of one step and its gradient"
     weight = next(network.parameters())
-    own, part, parts = share_out(labels, launch.rank(), launch.world_size())
-    shared = config.drift.scope == 'call' # these classes share a mean distance: one call for all of them
-    chunks = [own] if shared else [own[i.start:i.stop] for i in _slices(len(own), config.at_once)]
+    (chunks, part, parts), shared = own_chunks(labels, config), config.drift.scope == 'call'
     most = -(-len(labels)//launch.world_size()) # classes of the process that has most
     mine = lambda x: x.chunk(parts)[part] if parts > 1 and len(x) else x # this process's part of a class
     scale, total, figures = launch.world_size()/len(labels), 0., 0. # gradients and figures are averaged over processes
