@@ -8,7 +8,7 @@ __all__ = ['changed', 'resolve', 'load_parts', 'check_store', 'hash_model', 'Ahe
            'make_student']
 
 # %% ../nbs/06_distill.ipynb #4ee0fecd
-import argparse, ast, copy, hashlib, inspect, json
+import argparse, ast, copy, hashlib, inspect, json, time
 from dataclasses import fields, replace
 from pathlib import Path
 import torch
@@ -55,9 +55,11 @@ def resolve(
     n_neg:int=0,
     n_extra_neg:int=-1,
     changes:str='', # see `changed`
+    monitor_every:int=-1, # -1: the preset's
 )->DistillConfig:
     "The configuration that a program's parameters mean"
     given = {k: v for k, v in dict(steps=steps, n_class=n_class, n_pos=n_pos, n_neg=n_neg).items() if v}
+    if monitor_every >= 0: given['monitor_every'] = monitor_every
     if n_extra_neg >= 0: given['n_extra_neg'] = n_extra_neg
     return changed(DistillConfig.preset(model, preset, **given), changes)
 
@@ -117,6 +119,11 @@ class Ahead:
         if self.samples: self.samples.close()
 
 # %% ../nbs/06_distill.ipynb #6e7317bc
+def _shown(row, taus): # on the progress line
+    each = lambda name, key: {f'{name}_{t:g}': row[f'{key}_{t:g}'] for t in taus}
+    return dict(loss=row['loss'], gradient=row['gradient_norm'], lr=row['lr'], **each('|V|', 'v_norm'), **each('neighbours', 'n_eff_pos'),
+        images_s=row['images_per_second'], GiB=row['memory_gib'])
+
 def distill(
     teacher:nn.Module, # flow model; its weights are where the student starts
     store, # `latents.LatentStore`
@@ -132,14 +139,16 @@ def distill(
     student.checkpointing, taus = config.recompute, config.drift.temperatures
     if config.compiled: student.compile()
     checkpoints = folder and Checkpoints(Path(folder)/'checkpoints', _identity(config, seed, teacher, store), config.checkpoint_every, config.keep)
-    ahead = Ahead()
+    ahead, images, last = Ahead(), config.n_class*(config.n_neg + config.n_extra_neg), time.perf_counter()
     def step_fn(step, network):
         loss, figures = drift_step(network, store, step_labels(store.num_classes, config.n_class, seed, step), config, seed, step, samples=ahead)
-        return dict(loss=loss, **_flat(figures, taus))
+        nonlocal last
+        spent, last = time.perf_counter() - last, time.perf_counter()
+        return dict(loss=loss, **_flat(figures, taus), images_per_second=images/spent)
     try: rows = train(student, step_fn, steps=config.steps, lr=config.lr, betas=config.betas, clip=config.clip, average=average, decay=config.ema,
         checkpoints=checkpoints, resume=resume, log=folder and Path(folder)/'log.csv', sharding=config.sharding,
         callback=callback and (lambda step, row: callback(step, row, average)),
-        shown=lambda row: dict(gradient_norm=row['gradient_norm'], **{f'|V|_{t:g}': row[f'v_norm_{t:g}'] for t in taus}))
+        shown=lambda row: _shown(row, taus))
     finally: ahead.close()
     return average, rows
 
@@ -149,15 +158,14 @@ def run(
     out:str, # output folder
     *, seed:int=0,
     resume:str='auto', # 'auto', 'never' or 'must'
-    monitor_every:int=0, # steps between sheets and quick Frechet distances; 0: none
-    stop_above:float=0., # stop if that distance passes this many times its smallest so far; 0: never
+    stop_above:float=0., # stop if the monitor's quick Frechet distance passes this many times its smallest so far; 0: never
     about:dict=None, # provenance, kept with the generator
     **parts, # as for `load_parts`: model, teacher, latents, autoencoder
 )->list: # the log: one dict per step
     "One process of a distillation, writing checkpoints, log.csv and generator.safetensors into `out`"
     limit_threads(parts.get('model', 'tiny'))
     store, rae, teacher = load_parts(**parts, device=launch.device())
-    monitor = Monitor(store, rae.decode, out, monitor_every, stop_above=stop_above) if monitor_every else None
+    monitor = Monitor(store, rae.decode, out, config.monitor_every, stop_above=stop_above) if config.monitor_every else None
     average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume, callback=monitor)
     whole = launch.full_state(average)
     if launch.is_main():
@@ -169,15 +177,15 @@ def run(
 # %% ../nbs/06_distill.ipynb #d77c4b12
 def start(model:str='tiny', preset:str='c', out:str='', seed:int=0, steps:int=0, resume:str='auto', nproc:int=0, nnodes:int=1, rdzv:str='',
     teacher:str='', latents:str='', autoencoder:str='', n_class:int=0, n_pos:int=0, n_neg:int=0, n_extra_neg:int=-1, changes:str='',
-    monitor_every:int=0, stop_above:float=0., dry_run:int=0)->list: # the log
+    monitor_every:int=-1, stop_above:float=0., dry_run:int=0)->list: # the log
     "Check everything, then distil on all processes"
     check_parameters(locals(), **RULES)
-    config, parts = resolve(model, preset, steps, n_class, n_pos, n_neg, n_extra_neg, changes), dict(model=model, teacher=teacher, latents=latents, autoencoder=autoencoder)
+    config, parts = resolve(model, preset, steps, n_class, n_pos, n_neg, n_extra_neg, changes, monitor_every), dict(model=model, teacher=teacher, latents=latents, autoencoder=autoencoder)
     out = writable(out or f'runs/{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')): raise ParameterError(f'resume=must: there is no checkpoint in {out}')
     check_world(config, launch.world_size() if launch.world_size() > 1 else (nproc or max(1, torch.cuda.device_count()))*nnodes)
     if dry_run: return dry(config, seed, parts)
-    return launch.launch(run, config, str(out), seed=seed, resume=resume, monitor_every=monitor_every, stop_above=stop_above,
+    return launch.launch(run, config, str(out), seed=seed, resume=resume, stop_above=stop_above,
         about=dict(model=model, preset=preset), **parts, nproc=nproc, nnodes=nnodes, rdzv=rdzv)
 
 def writable(folder)->Path:

@@ -22,7 +22,7 @@ RECIPE = ('drift', 'n_class', 'n_pos', 'n_neg', 'n_extra_neg', 'steps', 'lr', 'b
 
 def _check_config(c):
     "One sentence for what cannot be meant"
-    least = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0, checkpoint_every=1, keep=1)
+    least = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0, checkpoint_every=1, keep=1, monitor_every=0)
     for name, low in least.items():
         v = getattr(c, name)
         if not isinstance(v, int) or isinstance(v, bool) or v < low: raise ParameterError(f'{name}={v!r}: accepted is a whole number from {low}')
@@ -60,6 +60,7 @@ class DistillConfig:
     sharding:str='ddp' # several processes: 'ddp' (each has the whole model) or 'fsdp' (each has a part)
     checkpoint_every:int=500 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
+    monitor_every:int=500 # steps between sheets of samples and quick Frechet distances; 0: none
 
     def __post_init__(self): _check_config(self)
     def to_dict(self): return json.loads(json.dumps({**asdict(self), 'drift': self.drift.to_dict()}))
@@ -67,7 +68,7 @@ class DistillConfig:
 
 # %% ../nbs/05f_step.ipynb #9e3967bd
 _SCALES = dict( # one row per scale
-    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100),
+    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100, monitor_every=100),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000, lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16'),
 )
 
@@ -88,7 +89,7 @@ DistillConfig.preset = staticmethod(config_for)
 # %% ../nbs/05f_step.ipynb #1b15cfc6
 RULES = dict(model=MODELS, preset=('a', 'b', 'c'), out=text, seed=number(int, 0), steps=number(int, 0), resume=RESUME, nproc=number(int, 0), nnodes=number(int, 1),
     rdzv=text, teacher=text, latents=text, autoencoder=text, n_class=number(int, 0), n_pos=number(int, 0), n_neg=number(int, 0), n_extra_neg=number(int, -1),
-    changes=text, monitor_every=number(int, 0), stop_above=number(float, 0), dry_run=(0, 1))
+    changes=text, monitor_every=number(int, -1), stop_above=number(float, 0), dry_run=(0, 1))
 
 # %% ../nbs/05f_step.ipynb #5cc337ef
 def to_tokens(
