@@ -372,7 +372,7 @@ def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
                 for g, state in zip(generators, states): g.set_state(state)
             _add_fields(V, s, _fields(s, unit, kept, generators), 1/size)
             own = square/size**2
-        loss, slope = (V.square().mean((1, 2)), 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
+        loss, slope = (_squared_norm(V).mean(1)/s.D, 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
     info = dict(loss=loss, V=V, scale=scale[0] if config.scope == 'call' else scale, v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
         **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})
     return V, slope, info
