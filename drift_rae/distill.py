@@ -81,7 +81,9 @@ def load_parts(
     need = [k for k in given if not given[k] and k not in released]
     if need: raise ParameterError(f"model={model}: give {', '.join(f'-p {k} PATH' for k in need)}; the notebook's parameters cell says what each is")
     teacher, autoencoder = teacher or released['teacher'], autoencoder or released['autoencoder']
-    store, rae = latent_store(model, latents), RAE.from_pretrained(autoencoder).to(device)
+    rae = RAE.from_pretrained(autoencoder)
+    store = latent_store(model, latents, rae, dtype=None) # as stored: 16 bits are half the reading; refused if another encoder made them
+    rae = rae.to(device)
     flow_teacher = load_teacher(teacher, model, device)
     wanted = (flow_teacher.in_channels, flow_teacher.input_size, flow_teacher.input_size)
     for name, shape in dict(latents=store.latent_shape, autoencoder=rae.latent_shape).items():
