@@ -137,7 +137,8 @@ def hub(tmp_path, monkeypatch):
 
 def test_download_resumes_and_is_cached(hub):
     digest = hashlib.sha256(Hub.content).hexdigest()
-    path = official.fetch_file('someone/model', 'model.pt', sha256=digest)
+    try: path = official.fetch_file('someone/model', 'model.pt', sha256=digest) # a new client goes on by itself,
+    except ParameterError: path = official.fetch_file('someone/model', 'model.pt', sha256=digest) # one before 1.0 with the next call
     assert path.read_bytes() == Hub.content
     assert len(Hub.log) == 2 and Hub.log[0] == 0 and Hub.log[1] > 0, 'the second request asks for the rest only'
     one_sentence(lambda: official.fetch_file('someone/model', 'model.pt', sha256='0'*64), 'model.pt is not the file that was expected', digest)
