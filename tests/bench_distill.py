@@ -7,6 +7,7 @@
     python tests/bench_distill.py --model xl --micro-batch 16 --recompute 1   # for small cards
 
 It runs the real `drift_step`, DDP or FSDP, clipping, AdamW and EMA, on random weights and latents. Nothing here asserts a time.
+`data` is how long a step waits for its samples, which a thread prepares ahead as in a run; their preparation alone is said besides.
 On a GPU the split is measured with the device waited for around each part, the seconds per step without, because kernels overlap.
 """
 import argparse, copy, json, resource, time
@@ -20,10 +21,11 @@ from drift_rae.core import ParameterError, ema_decay, ema_update, linear_decay, 
 from drift_rae.cost import matmul_rate, memory_plan, parameters, step_flops
 from drift_rae.ditdh import DiTDH, preset
 from drift_rae.latents import LatentStore
-from drift_rae.step import DistillConfig, check_world, drift_step, step_labels
+from drift_rae.distill import Ahead
+from drift_rae.step import DistillConfig, check_world, drift_step, own_chunks, step_labels, step_samples
 
 PARTS = ('data', 'generate', 'field', 'backward', 'optimiser', 'communication', 'other')
-FEW = dict(n_class=2, n_pos=16, n_neg=4, n_extra_neg=12, precision='float32') # what a CPU can do of an ImageNet size
+FEW = dict(n_class=1, n_pos=4, n_neg=1, n_extra_neg=3, precision='float32') # what a CPU can do of an ImageNet size in seconds
 
 def network(model):
     "A student with random weights: zeros, as at the start of training, would make a GPU look faster than it is"
@@ -55,6 +57,12 @@ def exchange(n, repeats=3):
         best = min(best, time.perf_counter() - start)
     return best
 
+def prepare(store, config, step):
+    "Seconds that the samples of one step take alone, in this thread"
+    start = time.perf_counter()
+    for classes in own_chunks(step_labels(store.num_classes, config.n_class, 0, step), config)[0]: step_samples(store, classes, config, 0, step)
+    return time.perf_counter() - start
+
 def measure(model, config, steps=3, warmup=1):
     "One process of the benchmark: a dict of figures (averages over steps; of rank 0)"
     device, c = launch.device(), preset(model)
@@ -67,10 +75,11 @@ def measure(model, config, steps=3, warmup=1):
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=config.lr[0], betas=config.betas, weight_decay=0.)
     store = random_store(config, (c['in_channels'], c['input_size'], c['input_size']))
 
+    ahead = Ahead()
     def step(i, clock):
         with clock('other'):
             optimiser.zero_grad(set_to_none=True)
-            drift_step(wrapped, store, step_labels(store.num_classes, config.n_class, 0, i), config, 0, i, clock=clock)
+            drift_step(wrapped, store, step_labels(store.num_classes, config.n_class, 0, i), config, 0, i, clock=clock, samples=ahead)
             with clock('optimiser'):
                 launch.clip_grad_norm(wrapped, config.clip)
                 optimiser.step()
@@ -83,9 +92,10 @@ def measure(model, config, steps=3, warmup=1):
     wait(); launch.barrier(); start = time.perf_counter()
     for i in range(steps): step(warmup + steps + i, plain)
     wait(); launch.barrier(); seconds = (time.perf_counter() - start)/steps
+    ahead.close()
     flops, rate = step_flops(model, config.n_class, config.n_neg, config.n_extra_neg)/launch.world_size(), matmul_rate(device)
     return dict(model=model, device=torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} thread(s)', processes=launch.world_size(),
-        seconds=seconds, split={k: clock.seconds.get(k, 0.)/steps for k in PARTS}, gradient_exchange_alone=exchange(parameters(model)),
+        seconds=seconds, split={k: clock.seconds.get(k, 0.)/steps for k in PARTS}, gradient_exchange_alone=exchange(parameters(model)), data_alone=prepare(store, config, 0),
         images_per_second=config.n_class*(config.n_neg + config.n_extra_neg)/seconds, flops_per_step=flops, achieved=flops/seconds, matmul=rate, share=flops/seconds/rate,
         peak_bytes=peak_memory(), config=config.to_dict(), versions=versions())
 
@@ -97,6 +107,7 @@ def show(r, few=False):
     if few: print('NOT the paper\'s step: this device gets a few samples only, so that data and optimiser weigh more and the field less than they would')
     print(f"seconds per step   {r['seconds']:.3f}   ({r['images_per_second']:.1f} images/s)")
     for k, v in r['split'].items(): print(f'  {k:16} {v:.3f}   {100*v/total:5.1f} %')
+    print(f"  data, prepared alone: {r['data_alone']:.3f} s{'' if r['data_alone'] < r['seconds'] else ': more than a step, so the step has to wait'}")
     if r['processes'] > 1: print(f"  one exchange of all gradients, alone: {r['gradient_exchange_alone']:.3f} s (in a step it is hidden in or behind the backward pass)")
     print(f"network            {r['flops_per_step']/1e12:.3f} TFLOP per step and process, {r['achieved']/1e12:.3f} TFLOP/s = {100*r['share']:.0f} % of this device's matrix product ({r['matmul']/1e12:.3f} TFLOP/s)")
     print(f"peak memory        {r['peak_bytes']/2**30:.2f} GiB {'by the allocator' if 'CPU' not in r['device'] else 'of the process, libraries included'}")
