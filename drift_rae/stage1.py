@@ -38,7 +38,7 @@ def warmup_cosine(
     progress = min(1., (step - warmup)/max(1, steps - warmup))
     return end + (start - end)*(1 + math.cos(math.pi*progress))/2
 
-# %% ../nbs/02g_stage1.ipynb #1a63eeea
+# %% ../nbs/02g_stage1.ipynb #fd1de345
 @dataclass(frozen=True)
 class Stage1Config:
     "How an RAE decoder is trained; the defaults are the official ones for ImageNet"
@@ -66,7 +66,7 @@ class Stage1Config:
     @classmethod
     def preset(cls, model:str, **changes): # tiny, b, l or xl
         "The miniature's training, or that of ImageNet, which is the same for all sizes"
-        tiny = dict(batch=64, steps=800, lr=(2e-3, 2e-4), ema=.99, perceptual=.1)
+        tiny = dict(batch=64, steps=640, lr=(2e-3, 2e-4), discriminator_lr=(2e-3, 2e-4), ema=.99, perceptual=.1, augment=0.)
         return cls(**{**(tiny if model == 'tiny' else {}), **changes})
 
 # %% ../nbs/02g_stage1.ipynb #84792d41
