@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['EYES', 'NETWORKS', 'warmup_cosine', 'Stage1Config', 'LPIPS', 'TokenDistance', 'Discriminator', 'augment', 'hinge',
-           'adaptive_weight', 'eight_bit', 'Order', 'MemoryImages', 'Crops', 'FolderImages', 'Stage1', 'frozen_network',
-           'load_lpips', 'load_discriminator', 'load_encoder', 'stage1_parts', 'run_stage1', 'start_stage1']
+           'adaptive_weight', 'eight_bit', 'Order', 'MemoryImages', 'random_crop', 'Crops', 'FolderImages', 'Stage1',
+           'frozen_network', 'load_lpips', 'load_discriminator', 'load_encoder', 'stage1_parts', 'run_stage1',
+           'start_stage1']
 
-# %% ../nbs/02g_stage1.ipynb #7eb6fde3
+# %% ../nbs/02g_stage1.ipynb #f1c4365d
 import copy, hashlib, math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 from . import launch
 from .autoencoder import DECODERS, ENCODERS, Encoder, RAE, RAEDecoder
 from .core import ParameterError, load_weights, save_weights, stream
 from .data import training_digits
+from .imagenet import ClassFolder
 from .training import Checkpoints, train
 import torch, torchvision
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
 # %% ../nbs/02g_stage1.ipynb #6a540f61
@@ -221,29 +224,27 @@ class MemoryImages:
     def __call__(self, step:int)->Tensor: # images of this process [n, 3, H, W]
         return self.images[self.order(step)[1]]
 
-# %% ../nbs/02g_stage1.ipynb #ab5cb11b
-class Crops(Dataset):
-    "Class folder -> random square crops; an item is asked for by (epoch, number)"
-    def __init__(self,
-        folder:str|Path, # one folder of images for each class
-        size:int=256, # pixels of the crop
-        seed:int=0, # of the crops
-    ):
-        if not Path(folder).is_dir(): raise ParameterError(f"images={str(folder)!r}: expected a folder with one folder of images for each class")
-        try: self.files = [path for path, _ in torchvision.datasets.ImageFolder(str(folder)).samples]
-        except FileNotFoundError as e: raise ParameterError(f"images={str(folder)!r}: {str(e).splitlines()[0]}") from e
-        self.size, self.seed = size, seed
+# %% ../nbs/02g_stage1.ipynb #eeb6b23a
+def random_crop(
+    image, # PIL image
+    size:int, # side of the crop
+    generator:torch.Generator, # where it is cut
+): # PIL image [size x size]
+    "The short side becomes 3/2 of the crop's; then a random square"
+    image = TF.resize(image, size*3//2, TF.InterpolationMode.BICUBIC)
+    left, top = (int(torch.randint(full - size + 1, (), generator=generator)) for full in image.size)
+    return TF.crop(image, top, left, size, size)
 
-    def __len__(self): return len(self.files)
-
-    def __getitem__(self, key)->Tensor: # [3, size, size] in [0, 1]
+class Crops(ClassFolder):
+    "Random square crops of a class folder's images; an item is asked for by (epoch, number)"
+    def __getitem__(self, key)->Tensor: # [3, size, size] in [0, 1], or what is wrong with the image
         epoch, i = key
-        try: image = torchvision.datasets.folder.pil_loader(self.files[i])
-        except (OSError, ValueError, SyntaxError) as e: raise ParameterError(f'image {self.files[i]} cannot be read ({e})') from e
-        image = TF.resize(image, self.size*3//2, TF.InterpolationMode.BICUBIC)
-        g = stream(self.seed, 'crop', epoch, i)
-        left, top = (int(torch.randint(full - self.size + 1, (), generator=g)) for full in image.size)
-        return TF.to_tensor(TF.crop(image, top, left, self.size, self.size))
+        self.crop = partial(random_crop, generator=stream(self.seed, 'crop', epoch, i))
+        try: return self.pixels(i).float()/255
+        except ParameterError as e: return e # raised in a worker process, it would be lost in a traceback
+
+def _stack(items): # a batch, or its first error
+    return next((x for x in items if isinstance(x, Exception)), None) or torch.stack(items)
 
 class FolderImages:
     "Images of each step from a class folder, read ahead by worker processes"
@@ -262,9 +263,10 @@ class FolderImages:
             step += 1
 
     def __call__(self, step:int)->Tensor: # images of this process [n, 3, H, W]
-        if step != self._next: self._loader = iter(DataLoader(self.crops, batch_sampler=self._keys(step), num_workers=self.workers, pin_memory=torch.cuda.is_available()))
-        self._next = step + 1
-        return next(self._loader)
+        if step != self._next: self._loader = iter(DataLoader(self.crops, batch_sampler=self._keys(step), num_workers=self.workers, collate_fn=_stack, pin_memory=torch.cuda.is_available()))
+        self._next, x = step + 1, next(self._loader)
+        if isinstance(x, Exception): raise x
+        return x
 
 # %% ../nbs/02g_stage1.ipynb #ed907400
 class Stage1:
@@ -404,7 +406,7 @@ def load_discriminator(
     _fill(eyes.vit, {k: v for k, v in state.items() if not k.startswith('norm.')}, Path(folder)/NETWORKS['dino'][0]) # the final norm is not used
     return Discriminator(eyes, **heads)
 
-# %% ../nbs/02g_stage1.ipynb #79dbb644
+# %% ../nbs/02g_stage1.ipynb #d51c0690
 def load_encoder(
     name:str, # a row of `ENCODERS`, or a folder with encoder.safetensors
 )->Encoder: # frozen
@@ -446,17 +448,18 @@ def run_stage1(
     encoder:str='dinov2', # see `load_encoder`
     networks:str='', # folder of the frozen networks
     workers:int=8, # processes that read images, for each GPU
+    every:int=0, # steps between checkpoints; 0: an epoch of the schedule, or 50 if that is shorter
 )->list: # the log: one dict per step
     "One process of a decoder's training, writing checkpoints, log.csv and the autoencoder into `out`"
     device, out = launch.device(), Path(out)
     encoder, decoder, *critics = stage1_parts(model, config, seed, encoder, networks)
     side = decoder.side*decoder.config['decoder_patch_size']
-    data = MemoryImages(training_digits()[0], config.batch, seed) if model == 'tiny' else FolderImages(Crops(images, side, seed), config.batch, seed, workers)
+    data = MemoryImages(training_digits()[0], config.batch, seed) if model == 'tiny' else FolderImages(Crops(images, side, seed=seed), config.batch, seed, workers)
     average = copy.deepcopy(decoder).to(device).requires_grad_(False)
     stage = Stage1(encoder.to(device), decoder.to(device), data, *(c and c.to(device) for c in critics), config, seed)
     identity = dict(config=asdict(config), model=model, seed=seed, encoder=encoder.config, images=data.order.n)
     rows = train(decoder, stage, steps=stage.steps, lr=stage.lr, betas=config.betas, clip=None, average=average, decay=(config.ema, 0), name='decoder',
-        checkpoints=Checkpoints(out/'checkpoints', identity, every=max(50, stage.epoch(1))), resume=resume, state=stage.state, log=out/'log.csv',
+        checkpoints=Checkpoints(out/'checkpoints', identity, every=every or max(50, stage.epoch(1))), resume=resume, state=stage.state, log=out/'log.csv',
         shown=lambda row: {k: row[k] for k in ('l1', 'perceptual', 'weight', 'd_correct') if row[k] is not None})
     if launch.is_main():
         known = RAE.from_pretrained('tiny') if model == 'tiny' else RAE(None, decoder) # the statistics belong to the encoder

@@ -29,11 +29,11 @@ class TeacherMonitor(Monitor):
     def sheet(self, z, path, **options):
         if self.decode is not None: Monitor.sheet(self, z, path, **options)
 
-# %% ../nbs/05b_train_flow.ipynb #1cc6007d
+# %% ../nbs/05b_train_flow.ipynb #167126f8
 def describe_store(store)->str: # 16 hexadecimal digits
     "What tells two stores apart: shape, counts and, if the store has one, its manifest"
-    about = dict(shape=list(store.latent_shape), counts=store.counts, manifest=getattr(store, 'manifest', None))
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    about = dict(shape=list(store.latent_shape), counts=store.counts, manifest=(getattr(store, 'manifest', None) or {}).get('sha256'))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 def flow_parts(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
