@@ -1,18 +1,19 @@
 "Training of both stages: equality with the official code and with torch-fidelity, class folders, several processes, several kinds of stop"
-import copy, hashlib, json, subprocess, sys, zlib
+import copy, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from PIL import Image
 from torch import nn
-from drift_rae import launch, stage1, train_flow
+from drift_rae import critics, launch, stage1, train_flow
 from drift_rae.autoencoder import RAE, Encoder, RAEDecoder, _decoder
 from drift_rae.core import ParameterError, load_weights, stream
 from drift_rae.data import digits
 from drift_rae.flow import FlowConfig, hold_linear, load_teacher
 from drift_rae.latents import latent_store, save_latents
-from drift_rae.stage1 import LPIPS, Crops, Discriminator, FolderImages, MemoryImages, Stage1, Stage1Config, TokenDistance, augment, hinge, load_discriminator, load_lpips, warmup_cosine
+from drift_rae.critics import LPIPS, Discriminator, augment, hinge, load_discriminator, load_lpips
+from drift_rae.stage1 import Crops, FolderImages, Stage1, Stage1Config, warmup_cosine
 from drift_rae.training import train
 
 @pytest.fixture(scope='module')
@@ -80,7 +81,7 @@ def lpips_files(folder):
 def test_lpips_is_that_of_torch_fidelity(tmp_path, monkeypatch):
     torch.manual_seed(0)
     lpips_files(tmp_path)
-    monkeypatch.setattr(stage1, 'NETWORKS', {k: (*v[:3], None) for k, v in stage1.NETWORKS.items()}) # our weights are not the published ones
+    monkeypatch.setattr(critics, 'NETWORKS', {k: (*v[:3], None) for k, v in critics.NETWORKS.items()}) # our weights are not the published ones
     ours = load_lpips(tmp_path)
     theirs = pytest.importorskip('torch_fidelity.sample_similarity_lpips')
     vgg = nn.Module(); vgg.features = nn.Sequential(*[m for part in copy.deepcopy(ours.parts) for m in part])
@@ -94,7 +95,7 @@ def test_lpips_is_that_of_torch_fidelity(tmp_path, monkeypatch):
 def test_files_of_the_wrong_kind_are_one_sentence(tmp_path, monkeypatch):
     lpips_files(tmp_path)
     with pytest.raises(ParameterError, match='vgg16-397923af.pth is not the file of https://download.pytorch.org'): load_lpips(tmp_path)
-    monkeypatch.setattr(stage1, 'NETWORKS', {k: (*v[:3], None) for k, v in stage1.NETWORKS.items()})
+    monkeypatch.setattr(critics, 'NETWORKS', {k: (*v[:3], None) for k, v in critics.NETWORKS.items()})
     torch.save({'lin0.model.1.weight': torch.zeros(1, 3, 1, 1)}, tmp_path/'vgg.pth')
     with pytest.raises(ParameterError, match='another architecture'): load_lpips(tmp_path)
     with pytest.raises(ParameterError, match='no file .*dino_vit_small_patch8_224.pth: it holds .* get it from https://huggingface.co'): load_discriminator(tmp_path)
