@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EYES', 'NETWORKS', 'LPIPS', 'TokenDistance', 'Discriminator', 'augment', 'hinge', 'adaptive_weight', 'eight_bit',
-           'frozen_network', 'load_strictly', 'load_lpips', 'load_discriminator']
+           'frozen_network', 'load_lpips', 'load_discriminator']
 
-# %% ../nbs/02f_critics.ipynb #9a00b277
+# %% ../nbs/02f_critics.ipynb #648eaab9
 import hashlib, math
 from pathlib import Path
-from .autoencoder import Encoder
+from .autoencoder import Encoder, fill
 from .core import ParameterError
 import torch, torchvision
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ def eight_bit(
     "What a file would keep of these images, so that fractions of a grey level betray nothing"
     return ((images.clamp(-1, 1) + 1)*127.5).round()/127.5 - 1
 
-# %% ../nbs/02f_critics.ipynb #f63558d6
+# %% ../nbs/02f_critics.ipynb #fd8ac8b6
 NETWORKS = dict( # file, what it is, where it comes from, and the beginning of its checksum where its makers give one
     vgg=('vgg16-397923af.pth', "torchvision's VGG16, for LPIPS", 'https://download.pytorch.org/models/vgg16-397923af.pth', ('sha256', '397923af')),
     lpips=('vgg.pth', 'the channel weights of LPIPS 0.1 for VGG16', 'https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1', ('md5', 'd507d7349b931f0638a25a48a722f98a')),
@@ -159,15 +159,6 @@ def frozen_network(
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ParameterError(f'{path} is not a whole PyTorch file ({type(e).__name__}): get it again from {address}') from e
 
-def load_strictly(
-    module:nn.Module, # filled in place
-    state:dict, # name -> tensor
-    path, # where it comes from, for the sentence
-):
-    "Load weights; one sentence (`ParameterError`) if they belong to another architecture"
-    try: module.load_state_dict(state)
-    except (RuntimeError, KeyError, AttributeError) as e: raise ParameterError(f"{path} holds another architecture: {' '.join(str(e).split())[:300]}") from e
-
 def load_lpips(
     folder:str|Path, # holds vgg16-397923af.pth and vgg.pth
 )->LPIPS:
@@ -176,8 +167,7 @@ def load_lpips(
     lpips = LPIPS()
     state = {k: vgg.get(f"features.{k.split('.', 2)[2]}") for k in lpips.state_dict() if k.startswith('parts.')} # slices keep the layers' numbers
     state.update({f'weights.{i}': lin[f'lin{i}.model.1.weight'].flatten() for i in range(5) if f'lin{i}.model.1.weight' in lin})
-    load_strictly(lpips, {k: v for k, v in state.items() if v is not None}, Path(folder)/'vgg.pth or vgg16-397923af.pth')
-    return lpips
+    return fill(lpips, {k: v for k, v in state.items() if v is not None}, f'{folder} (vgg16-397923af.pth with vgg.pth)').requires_grad_(False)
 
 def load_discriminator(
     folder:str|Path, # holds dino_vit_small_patch8_224.pth
@@ -186,5 +176,5 @@ def load_discriminator(
     options, state = dict(EYES['dino']), frozen_network('dino', folder)
     heads = {k: options.pop(k) for k in ('depths', 'kernel')}
     eyes = Encoder(**options)
-    load_strictly(eyes.vit, {k: v for k, v in state.items() if not k.startswith('norm.')}, Path(folder)/NETWORKS['dino'][0]) # the final norm is not used
+    fill(eyes.vit, {k: v for k, v in state.items() if not k.startswith('norm.')}, Path(folder)/NETWORKS['dino'][0]) # the final norm is not used
     return Discriminator(eyes, **heads)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['warmup_cosine', 'Stage1Config', 'Order', 'MemoryImages', 'random_crop', 'Crops', 'FolderImages', 'Stage1',
-           'load_encoder', 'stage1_parts', 'run_stage1', 'start_stage1']
+           'stage1_encoder', 'stage1_parts', 'run_stage1', 'start_stage1']
 
-# %% ../nbs/02g_stage1.ipynb #84ab01b8
+# %% ../nbs/02g_stage1.ipynb #6d5860e8
 import copy, math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 from . import launch
-from .autoencoder import DECODERS, ENCODERS, Encoder, RAE, RAEDecoder
+from .autoencoder import DECODERS, Encoder, RAE, RAEDecoder, fill
 from .core import ParameterError, load_weights, stream
 from .critics import (EYES, Discriminator, TokenDistance, adaptive_weight, augment, eight_bit, frozen_network, hinge,
-    load_discriminator, load_lpips, load_strictly)
+    load_discriminator, load_lpips)
 from .data import training_digits
 from .imagenet import ClassFolder
+from .official import load_encoder
 from .training import Checkpoints, train
 import torch
 from torch import Tensor, nn
@@ -237,31 +238,25 @@ def _step(self, step:int, network:nn.Module)->dict: # figures
 
 Stage1.teach, Stage1.gradient, Stage1.__call__ = _teach, _gradient, _step
 
-# %% ../nbs/02g_stage1.ipynb #e23772b2
-def load_encoder(
-    name:str, # a row of `ENCODERS`, or a folder with encoder.safetensors
+# %% ../nbs/02g_stage1.ipynb #96ec1f3d
+def stage1_encoder(
+    name:str, # 'tiny', a released encoder (dinov2, siglip2, mae), or a folder with encoder.safetensors
 )->Encoder: # frozen
-    "The frozen encoder whose decoder is trained"
+    "The encoder whose decoder is trained"
     if name == 'tiny': return RAE.from_pretrained('tiny').encoder
-    if Path(name).is_dir():
-        weights, config = load_weights(Path(name)/'encoder.safetensors')
-        encoder = Encoder(**config)
-        load_strictly(encoder, weights, Path(name)/'encoder.safetensors')
-    elif name in ENCODERS:
-        if launch.is_main(): print(f"{name}: timm takes the weights of {ENCODERS[name]['arch']} from its cache, or fetches them", flush=True)
-        encoder = Encoder(**ENCODERS[name], pretrained=True)
-    else: raise ParameterError(f"encoder={name!r}: accepted is one of {', '.join(ENCODERS)}, or a folder with encoder.safetensors")
-    return encoder.eval().requires_grad_(False)
+    if not Path(name).is_dir(): return load_encoder(name)
+    weights, config = load_weights(Path(name)/'encoder.safetensors')
+    return fill(Encoder(**config), weights, Path(name)/'encoder.safetensors').requires_grad_(False)
 
 def stage1_parts(
     model:str, # 'tiny', 'b', 'l' or 'xl'
     config:Stage1Config,
     seed:int=0, # of the decoder's weights
-    encoder:str='dinov2', # see `load_encoder`
+    encoder:str='dinov2', # see `stage1_encoder`
     networks:str='', # folder of the frozen networks
 )->tuple: # encoder, decoder, perceptual distance, discriminator (None without)
     "What a training consists of; what is missing is said in one sentence"
-    encoder = load_encoder('tiny' if model == 'tiny' else encoder)
+    encoder = stage1_encoder('tiny' if model == 'tiny' else encoder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         size = {**DECODERS[model], 'latent_dim': encoder.dim, **{k: encoder.config[k] for k in ('image_mean', 'image_std')}}
@@ -277,7 +272,7 @@ def run_stage1(
     *, seed:int=0,
     resume:str='auto', # 'auto', 'never' or 'must'
     images:str='', # class folder; empty: the digits, for tiny
-    encoder:str='dinov2', # see `load_encoder`
+    encoder:str='dinov2', # see `stage1_encoder`
     networks:str='', # folder of the frozen networks
     workers:int=8, # processes that read images, for each GPU
     every:int=0, # steps between checkpoints; 0: an epoch of the schedule, or 50 if that is shorter

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'FIGURES', 'DistillConfig', 'config_for', 'to_tokens', 'step_labels', 'step_samples',
-           'make_student', 'check_world', 'share_out', 'drift_step']
+           'make_student', 'check_world', 'share_out', 'own_chunks', 'drift_step']
 
 # %% ../nbs/05f_step.ipynb #3a162c1f
 import copy, json
@@ -22,7 +22,7 @@ RECIPE = ('drift', 'n_class', 'n_pos', 'n_neg', 'n_extra_neg', 'steps', 'lr', 'b
 
 def _check_config(c):
     "One sentence for what cannot be meant"
-    least = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0, checkpoint_every=1, keep=1)
+    least = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0, checkpoint_every=1, keep=1, monitor_every=0)
     for name, low in least.items():
         v = getattr(c, name)
         if not isinstance(v, int) or isinstance(v, bool) or v < low: raise ParameterError(f'{name}={v!r}: accepted is a whole number from {low}')
@@ -60,6 +60,7 @@ class DistillConfig:
     sharding:str='ddp' # several processes: 'ddp' (each has the whole model) or 'fsdp' (each has a part)
     checkpoint_every:int=500 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
+    monitor_every:int=500 # steps between sheets of samples and quick Frechet distances; 0: none
 
     def __post_init__(self): _check_config(self)
     def to_dict(self): return json.loads(json.dumps({**asdict(self), 'drift': self.drift.to_dict()}))
@@ -67,7 +68,7 @@ class DistillConfig:
 
 # %% ../nbs/05f_step.ipynb #9e3967bd
 _SCALES = dict( # one row per scale
-    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100),
+    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100, monitor_every=100),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000, lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16'),
 )
 
@@ -88,7 +89,7 @@ DistillConfig.preset = staticmethod(config_for)
 # %% ../nbs/05f_step.ipynb #1b15cfc6
 RULES = dict(model=MODELS, preset=('a', 'b', 'c'), out=text, seed=number(int, 0), steps=number(int, 0), resume=RESUME, nproc=number(int, 0), nnodes=number(int, 1),
     rdzv=text, teacher=text, latents=text, autoencoder=text, n_class=number(int, 0), n_pos=number(int, 0), n_neg=number(int, 0), n_extra_neg=number(int, -1),
-    changes=text, monitor_every=number(int, 0), stop_above=number(float, 0), dry_run=(0, 1))
+    changes=text, monitor_every=number(int, -1), stop_above=number(float, 0), dry_run=(0, 1))
 
 # %% ../nbs/05f_step.ipynb #5cc337ef
 def to_tokens(
@@ -192,6 +193,15 @@ FIGURES = ('v_norm', 'n_eff_pos', 'n_eff_neg') # of each temperature
 # %% ../nbs/05f_step.ipynb #ae60e484
 def _slices(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
+def own_chunks(
+    labels:list, # the step's classes, of all processes
+    config:DistillConfig,
+)->tuple: # this process's classes in the portions in which they are computed; its part of their samples; number of parts
+    "What this process does of a step"
+    own, part, parts = share_out(labels, launch.rank(), launch.world_size())
+    # classes that share a mean distance go through the field together
+    return [own] if config.drift.scope == 'call' else [own[i] for i in _slices(len(own), config.at_once)], part, parts
+
 def drift_step(
     network:nn.Module, # (x, t, y) -> velocity, the student, wrapped if there are several processes; gradients are added to its parameters
     store, # `latents.LatentStore`
@@ -204,9 +214,7 @@ def drift_step(
 )->tuple: # loss (float) and dict of per-temperature figures of the field, both averaged over the step's classes
     "Loss (10) of one step and its gradient"
     weight = next(network.parameters())
-    own, part, parts = share_out(labels, launch.rank(), launch.world_size())
-    shared = config.drift.scope == 'call' # these classes share a mean distance: one call for all of them
-    chunks = [own] if shared else [own[i.start:i.stop] for i in _slices(len(own), config.at_once)]
+    (chunks, part, parts), shared = own_chunks(labels, config), config.drift.scope == 'call'
     most = -(-len(labels)//launch.world_size()) # classes of the process that has most
     mine = lambda x: x.chunk(parts)[part] if parts > 1 and len(x) else x # this process's part of a class
     scale, total, figures = launch.world_size()/len(labels), 0., 0. # gradients and figures are averaged over processes
