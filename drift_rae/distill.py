@@ -118,11 +118,11 @@ def _flat(figures, temperatures): # {'v_norm': [..]} -> {'v_norm_0.02': ..}: one
 # %% ../nbs/06_distill.ipynb #0184e4d4
 class Ahead:
     "`step_samples`, prepared in a thread before they are asked for; steps have to be asked for in order"
-    def __init__(self): self.samples = None
+    def __init__(self, noise:bool=True): self.samples, self.noise = None, noise # without noise: positives only
     def __call__(self, store, classes, config, seed, step):
         if self.samples is None: # the run starts here
             chunks = ((s, c) for s in range(step, config.steps) for c in own_chunks(step_labels(store.num_classes, config.n_class, seed, s), config)[0])
-            self.samples = prefetch(lambda item: step_samples(store, item[1], config, seed, item[0]), chunks)
+            self.samples = prefetch(lambda item: step_samples(store, item[1], config, seed, item[0], self.noise), chunks)
         return next(self.samples)
     def close(self):
         if self.samples: self.samples.close()
@@ -140,15 +140,17 @@ def distill(
     *, seed:int=0, # of everything random
     folder:str|Path=None, # for checkpoints and log.csv; None = none are written
     resume:str='auto', # 'auto': continue from a checkpoint if there is one; 'never': start over; 'must'
+    device=None, # where to train; None: where the teacher is
     callback=None, # called as callback(step, row, average) after each step, on every process; if it returns a sentence, the run stops with it
 )->tuple: # the averaged student, the log: one dict per step
     "Drift-RAE: distil a flow model into a one-step generator by the drifting field"
     check_store(config, store)
-    student, average = make_student(teacher), copy.deepcopy(teacher).eval().requires_grad_(False)
+    device = torch.device(device or next(teacher.parameters()).device)
+    student, average = make_student(teacher).to(device), copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
     student.checkpointing, taus = config.recompute, config.drift.temperatures
     if config.compiled: student.compile()
     checkpoints = folder and Checkpoints(Path(folder)/'checkpoints', _identity(config, seed, teacher, store), config.checkpoint_every, config.keep)
-    ahead, images, last = Ahead(), config.n_class*(config.n_neg + config.n_extra_neg), time.perf_counter()
+    ahead, images, last = Ahead(noise=device.type == 'cpu'), config.n_class*(config.n_neg + config.n_extra_neg), time.perf_counter()
     def step_fn(step, network):
         loss, figures = drift_step(network, store, step_labels(store.num_classes, config.n_class, seed, step), config, seed, step, samples=ahead)
         nonlocal last
@@ -173,13 +175,14 @@ def run(
 )->list: # the log: one dict per step
     "One process of a distillation, writing checkpoints, log.csv and generator.safetensors into `out`"
     limit_threads(parts.get('model', 'tiny'))
-    store, rae, teacher = load_parts(**parts, device=launch.device())
+    store, rae, teacher = load_parts(**parts) # the teacher stays on the CPU: a GPU's memory is for the student
+    rae = rae.to(launch.device())
     monitor = Monitor(store, rae.decode, out, config.monitor_every, stop_above=stop_above) if config.monitor_every else None
-    average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume, callback=monitor)
+    average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume, device=launch.device(), callback=monitor)
     whole = launch.full_state(average)
     if launch.is_main():
         teacher.load_state_dict(whole) # it has the architecture, and is no longer needed
-        save_generator(OneStepGenerator(teacher, rae, dict(config=config.to_dict(), seed=seed, versions=versions(), **(about or {}))), out)
+        save_generator(OneStepGenerator(teacher, rae.cpu(), dict(config=config.to_dict(), seed=seed, versions=versions(), **(about or {}))), out)
     launch.barrier()
     return rows
 

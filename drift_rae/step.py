@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'FIGURES', 'DistillConfig', 'config_for', 'to_tokens', 'step_labels', 'step_samples',
-           'make_student', 'check_world', 'share_out', 'own_chunks', 'drift_step']
+           'device_stream', 'step_noise', 'make_student', 'check_world', 'share_out', 'own_chunks', 'drift_step']
 
 # %% ../nbs/05f_step.ipynb #3a162c1f
 import copy, json
@@ -54,7 +54,7 @@ class DistillConfig:
     precision:str='bfloat16' # of the generator's forward pass ('float32' or 'bfloat16'); weights and field are float32
     # from here on: how it is computed, which changes time and memory but not the result (beyond rounding)
     at_once:int=1 # classes that are computed together; more is faster and needs more memory
-    micro_batch:int=0 # samples that carry a gradient at the same time; 0: those of `at_once` classes
+    micro_batch:int=0 # samples in the network at the same time; 0: those of `at_once` classes
     recompute:bool=False # recompute activations in the backward pass: less memory, a third more time
     compiled:bool=False # torch.compile the generator
     sharding:str='ddp' # several processes: 'ddp' (each has the whole model) or 'fsdp' (each has a part)
@@ -116,15 +116,31 @@ def step_samples(
     config:DistillConfig,
     seed:int, # the run's seed
     step:int, # current step
-)->tuple: # positives [k*n_pos, C, h, w], noises [k*n_neg, C, h, w] and [k*n_extra_neg, C, h, w]
+    noise:bool=True, # also draw the noises
+)->tuple: # positives [k*n_pos, C, h, w]; noises [k*n_neg, C, h, w] and [k*n_extra_neg, C, h, w]
     "Everything random about a step, each class from its own streams"
     pos, z, z_extra = [], [], []
     for label in labels:
         g = stream(seed, 'step', step, label)
         pos.append(store.draw(label, config.n_pos, g))
-        noise = torch.randn(config.n_neg + config.n_extra_neg, *store.latent_shape, generator=g)
-        z.append(noise[:config.n_neg]); z_extra.append(noise[config.n_neg:])
-    return torch.cat(pos), torch.cat(z), torch.cat(z_extra)
+        if noise:
+            both = torch.randn(config.n_neg + config.n_extra_neg, *store.latent_shape, generator=g)
+            z.append(both[:config.n_neg]); z_extra.append(both[config.n_neg:])
+    return (torch.cat(pos), torch.cat(z), torch.cat(z_extra)) if noise else (torch.cat(pos),)
+
+# %% ../nbs/05f_step.ipynb #8695c378
+def device_stream(
+    device, # where the numbers are wanted
+    seed:int, # the run's seed
+    *names, # as for `stream`
+)->torch.Generator: # on that device
+    "`stream`, on any device"
+    g, device = stream(seed, *names), torch.device(device)
+    return g if device.type == 'cpu' else torch.Generator(device).manual_seed(g.initial_seed())
+
+def step_noise(labels, config, shape, seed, step, device): # the noises of `step_samples`, drawn on a GPU
+    noise = [torch.randn(config.n_neg + config.n_extra_neg, *shape, generator=device_stream(device, seed, 'step', step, label), device=device) for label in labels]
+    return torch.cat([n[:config.n_neg] for n in noise]), torch.cat([n[config.n_neg:] for n in noise])
 
 # %% ../nbs/05f_step.ipynb #a8349d05
 def make_student(
@@ -176,7 +192,7 @@ def _gather(x, parts, _groups={}): # this process's samples of a class -> all of
 
 def _pull(gen, pos, extra, labels, config, seed, step):
     "Loss (10) summed over these classes, its gradient at the generated latents, and the field's figures, summed as well"
-    leaf, k, noise = gen.detach().requires_grad_(), len(labels), lambda label: stream(seed, 'perturbation', step, label)
+    leaf, k, noise = gen.detach().requires_grad_(), len(labels), lambda label: device_stream(gen.device, seed, 'perturbation', step, label)
     leaf = leaf if leaf.dtype == torch.float64 else leaf.float()
     tokens = [to_tokens(x.to(leaf.dtype), k) for x in (leaf, pos, extra)]
     if not len(extra): tokens[2] = None
@@ -192,6 +208,11 @@ FIGURES = ('v_norm', 'n_eff_pos', 'n_eff_neg') # of each temperature
 
 # %% ../nbs/05f_step.ipynb #ae60e484
 def _slices(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
+
+def _detached(network, z, classes, config): # without gradient; micro-batches bound this too
+    if not len(z): return z
+    labels = [c for c in classes for _ in range(len(z)//len(classes))]
+    with torch.no_grad(): return torch.cat([_generate(network, z[i], labels[i], config) for i in _slices(len(z), config.micro_batch or len(z))])
 
 def own_chunks(
     labels:list, # the step's classes, of all processes
@@ -219,14 +240,17 @@ def drift_step(
     mine = lambda x: x.chunk(parts)[part] if parts > 1 and len(x) else x # this process's part of a class
     scale, total, figures = launch.world_size()/len(labels), 0., 0. # gradients and figures are averaged over processes
     for c, classes in enumerate(chunks):
-        with clock('data'): pos, z, z_extra = (x.to(weight.device, weight.dtype, non_blocking=True) for x in samples(store, classes, config, seed, step))
+        with clock('data'):
+            pos, *noises = samples(store, classes, config, seed, step)
+            noises = noises or step_noise(classes, config, store.latent_shape, seed, step, weight.device)
+            pos, z, z_extra = (x.to(weight.device, weight.dtype, non_blocking=True) for x in (pos, *noises))
         z, k = mine(z), len(classes)
         batch = config.micro_batch or config.at_once*config.n_neg//parts
         # where the field itself communicates, all processes have to communicate in the same order
         whole, last = batch >= (most*config.n_neg//parts if shared else len(z)), c == len(chunks) - 1
         with clock('generate'), launch.accumulate(network, last and whole):
-            with torch.no_grad(): extra = _generate(network, mine(z_extra), classes, config) if len(z_extra) else z_extra
-            with torch.set_grad_enabled(whole): gen = _generate(network, z, classes, config)
+            extra = _detached(network, mine(z_extra), classes, config)
+            gen = _generate(network, z, classes, config) if whole else _detached(network, z, classes, config)
         with clock('communication'): full, extra = _gather(gen.detach(), parts), _gather(extra, parts)
         with clock('field'): loss, pull, found = _pull(full, pos, extra, classes, config, seed, step)
         pull = mine(pull*scale)
