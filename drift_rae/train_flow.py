@@ -27,7 +27,8 @@ class TeacherMonitor(Monitor):
         return torch.cat([sample(model, z.to(self.device), y.to(self.device)).float().cpu() for z, y in zip(self.noise.split(self.batch), self.labels.split(self.batch))])
 
     def sheet(self, z, path, **options):
-        if self.decode is not None: Monitor.sheet(self, z, path, **options)
+        each = min(4, -(-len(self.labels)//self.store.num_classes)) # of a class; 1000 samples of ImageNet are one of each
+        if self.decode is not None: Monitor.sheet(self, z, path, **{'each': each, **options})
 
 # %% ../nbs/05b_train_flow.ipynb #167126f8
 def describe_store(store)->str: # 16 hexadecimal digits

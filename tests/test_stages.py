@@ -3,7 +3,7 @@ import copy, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-import pytest, torch
+import pytest, stage_runs, torch
 from PIL import Image
 from torch import nn
 from drift_rae import critics, launch, stage1, train_flow
@@ -137,31 +137,23 @@ def test_crops_are_the_same_in_any_process_and_order(tmp_path):
     assert not torch.equal(a(0), a(2)) # another epoch, other crops
     assert a(0).min() >= 0 and a(0).max() <= 1
 
-def test_decoder_trains_on_two_processes_and_continues_on_one(tmp_path):
-    config = Stage1Config.preset('tiny', steps=16, batch=8)
-    rows = launch.launch(stage1.run_stage1, 'tiny', config, str(tmp_path), nproc=2, every=12)
-    assert len(rows) == 16 and rows[-1]['d_loss'] is not None and rows[-1]['l1'] < rows[0]['l1']
-    for kind in ('pt', 'json'): (tmp_path/f'checkpoints/step_0000016.{kind}').unlink()
-    again = launch.launch(stage1.run_stage1, 'tiny', config, str(tmp_path), resume='must', nproc=1, every=12)
-    assert len(again) == 16 and again[:12] == rows[:12] and again[12:] != rows[12:]
-    rae = RAE.from_pretrained(tmp_path)
-    x = digits('test')[0][:8]
-    assert rae.decode(rae.encode(x)).shape == x.shape
-    with pytest.raises(ParameterError, match='config.gan was 0.75 and is 0'): launch.launch(stage1.run_stage1, 'tiny', Stage1Config.preset('tiny', steps=16, batch=8, gan=0.), str(tmp_path), nproc=1)
-
-def test_teacher_trains_on_two_processes_from_a_store_on_disk_and_continues_on_one(tmp_path):
+def test_both_stages_train_on_two_processes_and_continue_on_one(tmp_path):
     save_latents(latent_store('tiny'), tmp_path/'latents', dict(encoder='tiny'))
-    flow = FlowConfig(steps=6, batch=8, at_once=2)
-    options = dict(latents=str(tmp_path/'latents'), monitor_every=6, samples=40, every=2)
-    losses = launch.launch(train_flow.run_flow, 'tiny', flow, str(tmp_path/'out'), **options, nproc=2)
-    for kind in ('pt', 'json'): (tmp_path/f'out/checkpoints/step_0000006.{kind}').unlink()
-    again = launch.launch(train_flow.run_flow, 'tiny', flow, str(tmp_path/'out'), **options, resume='must', nproc=1)
-    assert again[:4] == losses[:4] and len(again) == 6 and again[4:] != losses[4:]
-    assert (tmp_path/'out/sheets/step_0000006.png').is_file() and len((tmp_path/'out/log.csv').read_text().splitlines()) == 7
-    assert load_teacher(str(tmp_path/'out')).shift == flow.shift
-    assert load_weights(tmp_path/'out/teacher.safetensors')[1]['flow']['at_once'] == 2
+    rows, losses = launch.launch(stage_runs.both, str(tmp_path), nproc=2)
+    assert len(rows) == 16 and rows[-1]['d_loss'] is not None and rows[-1]['l1'] < rows[0]['l1'] and len(losses) == 6
+    for last in ('decoder/checkpoints/step_0000016', 'teacher/checkpoints/step_0000006'): # as if killed before the end
+        for kind in ('.pt', '.json'): (tmp_path/(last + kind)).unlink()
+    rows2, losses2 = launch.launch(stage_runs.both, str(tmp_path), resume='must', nproc=1)
+    assert len(rows2) == 16 and rows2[:12] == rows[:12] and rows2[12:] != rows[12:]
+    assert len(losses2) == 6 and losses2[:4] == losses[:4] and losses2[4:] != losses[4:]
+    rae, x = RAE.from_pretrained(tmp_path/'decoder'), digits('test')[0][:8]
+    assert rae.decode(rae.encode(x)).shape == x.shape
+    assert (tmp_path/'teacher/sheets/step_0000006.png').is_file() and len((tmp_path/'teacher/log.csv').read_text().splitlines()) == 7
+    assert load_teacher(str(tmp_path/'teacher')).shift == stage_runs.TEACHER.shift
+    assert load_weights(tmp_path/'teacher/teacher.safetensors')[1]['flow']['at_once'] == 2
+    with pytest.raises(ParameterError, match='config.gan was 0.75 and is 0'): stage1.run_stage1('tiny', replace(stage_runs.DECODER, gan=0.), str(tmp_path/'decoder'))
 
 def test_half_precision_is_close(tmp_path):
-    losses = [launch.launch(train_flow.run_flow, 'tiny', FlowConfig(steps=3, batch=16, precision=p), str(tmp_path/p), monitor_every=9, nproc=1) for p in ('float32', 'bfloat16')]
+    losses = [train_flow.run_flow('tiny', FlowConfig(steps=3, batch=16, precision=p), str(tmp_path/p), monitor_every=9) for p in ('float32', 'bfloat16')]
     assert losses[0] != losses[1]
     assert max(abs(a - b) for a, b in zip(*losses)) < .02*losses[0][0]
