@@ -9,7 +9,8 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ENCODERS', 'DECODERS', 'Encoder', '
 # %% ../nbs/02_autoencoder.ipynb #187c4029
 import math
 from pathlib import Path
-from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path # before timm: it silences a warning
+from .core import ParameterError, load_weights, save_weights, stream, weights_path # before timm: it silences a warning
+from .training import fit
 from .data import deform
 import timm, torch
 import torch.nn.functional as F

@@ -16,7 +16,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import MODELS, ParameterError, fit, load_weights, save_weights, stream, weights_path
+from .core import MODELS, ParameterError, load_weights, save_weights, stream, weights_path
+from .training import fit
 from .ditdh import DiTDH, preset
 _all_ = ['DiTDH', 'preset']
 

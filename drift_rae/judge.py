@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path
+from .core import ParameterError, load_weights, save_weights, stream, weights_path
+from .training import fit
 from .data import deform
 
 # %% ../nbs/02b_judge.ipynb #35fedd87

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .autoencoder import DECODERS, ENCODERS, Encoder, RAEDecoder
-from .core import ParameterError, fit, load_weights, save_weights, stream, weights_path
+from .core import ParameterError, load_weights, save_weights, stream, weights_path
+from .training import fit
 
 # %% ../nbs/02a_vae.ipynb #9efc554d
 class VAE(nn.Module):
