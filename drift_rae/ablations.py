@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'EVALUATION', 'ROWS', 'CHECK', 'SMALLEST', 'LEVEL', 'Row', 'recipe', 'recipe_hash', 'flow_teacher',
-           'Bench', 'run_row', 'results_folder', 'result_path', 'stored', 'missing', 'rebuild_results', 'main', 'Claim',
-           'holm', 'verdicts', 'figures_of', 'log_ratios', 'interval', 'rows_of', 'step_memory']
+           'Bench', 'run_row', 'results_folder', 'result_path', 'cached', 'stored', 'missing', 'rebuild_results',
+           'main', 'Claim', 'holm', 'verdicts', 'figures_of', 'log_ratios', 'interval', 'rows_of', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #45e90d80
 import argparse, hashlib, io, json, math, os, re, time
@@ -168,26 +168,46 @@ def run_row(
         end={k: float(np.mean([r[k] for r in last])) for k in last[0] if k not in ('step', 'lr', 'seconds', 'loss', 'memory_gib')}, curve=curve,
         seconds=dict(seconds, evaluation=time.process_time() - begin), recipe=recipe(config, row.teacher, evaluation), versions=versions())
 
-# %% ../nbs/08_ablations.ipynb #d3b01e39
+# %% ../nbs/08_ablations.ipynb #39a1eada
 CHECK = Row('check', 'check', (32, 16, 16), 'steps=20'), dict(EVALUATION, per_class=50)
 
 def results_folder()->Path:
     "nbs/results/ablations, from the repository's root or from nbs"
     return next((p for p in (Path('results'), Path('nbs/results')) if p.is_dir()), Path('results'))/'ablations'
 
+def _file(table, name, digest, seed, folder):
+    slug = lambda s: re.sub(r'[^a-z0-9.+]+', '-', s.lower())
+    return Path(folder or results_folder())/slug(table)/f'{slug(name)}_{digest}_{seed}.json'
+
 def result_path(row, seed, folder=None, evaluation=EVALUATION):
     "Where a row's result is, if it has been made with today's recipe"
-    slug = lambda s: re.sub(r'[^a-z0-9.+]+', '-', s.lower())
-    return Path(folder or results_folder())/slug(row.table)/f'{slug(row.name)}_{recipe_hash(row.config(), row.teacher, evaluation)}_{seed}.json'
+    return _file(row.table, row.name, recipe_hash(row.config(), row.teacher, evaluation), seed, folder)
 
-# %% ../nbs/08_ablations.ipynb #5091cc81
+def cached(
+    table:str, # name of a folder
+    name:str, # of the run
+    seed:int,
+    recipe:dict, # all that the result depends on but the seed and the code, JSON-serialisable
+    run=None, # makes the result, a dict; None: only look
+    folder:str|Path=None,
+)->dict|None: # the result with its provenance, or None
+    "The stored result of any other run with this recipe, or a new one, which is stored"
+    digest = _digest(recipe)[:8]
+    path = _file(table, name, digest, seed, folder)
+    if path.is_file(): return json.loads(path.read_text())
+    if run is None: return None
+    result = dict(table=table, row=name, hash=digest, seed=seed, recipe=recipe, **run(), versions=versions())
+    write_json(path, result)
+    return result
+
+# %% ../nbs/08_ablations.ipynb #fd1f7ef2
 def stored(
     folder:str|Path=None, # with a folder for each table
 )->tuple: # {(hash, seed): result}, files that are not of a present recipe
     "All results that belong to today's recipes, and those that do not"
     wanted = {recipe_hash(r.config(), r.teacher) for r in ROWS} | {recipe_hash(CHECK[0].config(), 0, CHECK[1])}
-    use, left = {}, []
-    for path in sorted(Path(folder or results_folder()).glob('*/*.json')):
+    use, left, mine = {}, [], {_file(r.table, '', '', 0, folder).parent for r in (*ROWS, CHECK[0])}
+    for path in sorted(p for f in mine for p in f.glob('*.json')):
         try: d = json.loads(path.read_text())
         except ValueError: d = {}
         name, seed = d.get('hash'), d.get('seed')
