@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from .autoencoder import RAE
-from .core import MODELS, RESUME, ParameterError, limit_threads, versions, write_json
+from .core import ParameterError, check_parameters, limit_threads, versions, write_json
 from .drifting import DriftConfig
 from .flow import load_teacher, one_step
 from .generator import OneStepGenerator, load_generator, save_generator
 from .latents import latent_store
 from .monitor import Monitor
-from .step import DistillConfig, config_for, drift_step, make_student, share_out, step_labels, step_samples
+from .step import RULES, DistillConfig, check_world, config_for, drift_step, make_student, step_labels, step_samples
 from .training import Checkpoints, train
 from . import launch
 
@@ -85,7 +85,7 @@ def check_store(config:DistillConfig, store):
     "One sentence (`ParameterError`) if the latents cannot give what the configuration asks for"
     if config.n_class > store.num_classes: raise ParameterError(f'n_class={config.n_class}: there are {store.num_classes} classes')
     if config.n_pos > min(store.counts): raise ParameterError(f'n_pos={config.n_pos}: the smallest class has {min(store.counts)} latents')
-    share_out(list(range(config.n_class)), launch.rank(), launch.world_size())
+    check_world(config, launch.world_size())
 
 # %% ../nbs/06_distill.ipynb #bdd7f554
 def hash_model(
@@ -157,10 +157,11 @@ def start(model:str='tiny', preset:str='c', out:str='', seed:int=0, steps:int=0,
     teacher:str='', latents:str='', autoencoder:str='', n_class:int=0, n_pos:int=0, n_neg:int=0, n_extra_neg:int=-1, changes:str='',
     monitor_every:int=0, stop_above:float=0., dry_run:int=0)->list: # the log
     "Check everything, then distil on all processes"
+    check_parameters(locals(), **RULES)
     config, parts = resolve(model, preset, steps, n_class, n_pos, n_neg, n_extra_neg, changes), dict(model=model, teacher=teacher, latents=latents, autoencoder=autoencoder)
-    if resume not in RESUME: raise ParameterError(f"resume={resume!r}: accepted is one of {', '.join(RESUME)}")
     out = writable(out or f'runs/{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')): raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+    check_world(config, launch.world_size() if launch.world_size() > 1 else (nproc or max(1, torch.cuda.device_count()))*nnodes)
     if dry_run: return dry(config, seed, parts)
     return launch.launch(run, config, str(out), seed=seed, resume=resume, monitor_every=monitor_every, stop_above=stop_above,
         about=dict(model=model, preset=preset), **parts, nproc=nproc, nnodes=nnodes, rdzv=rdzv)
@@ -185,6 +186,7 @@ def dry(config, seed, parts)->list: # no steps
 def main(argv=None):
     "`python -m drift_rae.distill` and `drift_rae_distill`"
     parser = argparse.ArgumentParser(prog='drift_rae_distill', description='Distil a flow model into a one-step generator (Drift-RAE)', epilog='What each option means is said in the parameters cell of nbs/06_distill.ipynb.')
+    parser.error = lambda message: parser.exit(1, f'{message}\n')
     for p in inspect.signature(start).parameters.values(): parser.add_argument(f'--{p.name}', type=p.annotation, default=p.default, metavar=repr(p.default))
     try: start(**vars(parser.parse_args(argv)))
     except (ParameterError, launch.Interrupted) as e:

@@ -73,10 +73,18 @@ class SwiGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
         self.w12, self.w3 = nn.Linear(dim, 2*hidden), nn.Linear(hidden, dim)
+        self.multiple = 1 # see `DiTDH.pad_swiglu`
 
     def forward(self, x):
+        extra = -self.w3.in_features % self.multiple
+        if extra: return self.padded(x, extra)
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate)*value)
+
+    def padded(self, x, extra): # silu(0) * 0 = 0: the extra columns change nothing
+        w12 = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, extra)).flatten(0, 1)
+        gate, value = F.linear(x, w12, F.pad(self.w12.bias.view(2, -1), (0, extra)).flatten()).chunk(2, -1)
+        return F.linear(F.silu(gate)*value, F.pad(self.w3.weight, (0, extra)), self.w3.bias)
 
 class GELUMLP(nn.Module):
     "fc2(gelu(fc1)), the tanh approximation"
@@ -197,6 +205,12 @@ class DiTDH(nn.Module):
         for w in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight): nn.init.normal_(w, std=.02)
         for layer in (*(m.adaLN_modulation[-1] for m in (*self.blocks, self.final_layer)), self.final_layer.linear):
             nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+
+    def pad_swiglu(self, multiple:int=8): # -> self; weights and their names stay as they are
+        "Compute every SwiGLU at a hidden width that is a multiple of this, with zeros: the same numbers, better aligned matrices"
+        for m in self.modules():
+            if isinstance(m, SwiGLU): m.multiple = multiple
+        return self
 
     def _block(self, i, x, condition, rope):
         if self.checkpointing and torch.is_grad_enabled(): return checkpoint(self.blocks[i], x, condition, rope, use_reentrant=False)

@@ -105,10 +105,12 @@ def distances(
     floor:float=0., # smallest squared distance
     same:bool=False, # y begins with x itself: those distances are zero
     y2:Tensor=None, # [B, M] squared norms of y, if they are known
+    products:Tensor=None, # [B, N, M] inner products of x and y, if they are known
 )->Tensor: # [B, N, M]
     "Euclidean distances by one batched matrix product; pairs too close for that are taken from their differences"
-    x2, y2 = _squared_norm(x)[..., None], _squared_norm(y) if y2 is None else y2
-    d2 = torch.baddbmm(y2[:, None], x, y.transpose(1, 2), alpha=-2).add_(x2)
+    y2 = _squared_norm(y) if y2 is None else y2
+    x2 = (y2[:, :x.shape[1]] if same else _squared_norm(x))[..., None]
+    d2 = torch.add(y2[:, None], torch.bmm(x, y.mT) if products is None else products, alpha=-2).add_(x2)
     own = d2.diagonal(dim1=1, dim2=2)
     if same: own.fill_(math.inf)
     if y.shape[1] and (d2.amin(-1, keepdim=True) < .02*x2).any(): _from_differences(d2, x, y, d2 < .02*x2)
@@ -135,24 +137,26 @@ def laplace_noise(
     generator:torch.Generator=None, # None: torch's own
     dtype:torch.dtype=torch.float32,
     device:str='cpu', # must be the generator's
+    unit:Tensor=1., # [...], what the length is multiplied by
 )->Tensor: # [..., D]
     "The noise n of (12): uniformly random direction, length |Laplace(0, 1)|, which is Exp(1)"
     n = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
     length = torch.empty(shape[:-1], dtype=dtype, device=device).exponential_(generator=generator)
-    return n.mul_((length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
+    return n.mul_((unit*length/torch.linalg.vector_norm(n, dim=-1).clamp_(min=torch.finfo(dtype).tiny))[..., None])
 
 # %% ../nbs/04_drifting.ipynb #b6c7b41d
 _BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
 
-def _noise_rows(total, shape, generator, like):
-    "A function `take(rows)` that hands out the noise of the next rows"
-    drawn, kept, device = 0, [], like.device if generator is None else generator.device
+def _noise_rows(unit, shape, generator):
+    "A function `take(rows)` that hands out the noise of the next rows, [rows, *shape], in units of `unit` [B]"
+    drawn, kept, device = 0, [], unit.device if generator is None else generator.device
+    by = unit.to(device).view(-1, *[1]*(len(shape)-1))
     def take(rows):
         nonlocal drawn, kept
         while sum(map(len, kept)) < rows:
-            size = min(_BLOCK, total - drawn)
-            kept.append(laplace_noise(size, *shape, generator=generator, dtype=like.dtype, device=device).to(like.device))
-            drawn += size
+            u = by[drawn:drawn+_BLOCK]
+            kept.append(laplace_noise(len(u), *shape, generator=generator, dtype=u.dtype, device=device, unit=u).to(unit.device))
+            drawn += len(u)
         out = kept[0] if len(kept) == 1 else torch.cat(kept)
         kept = [out[rows:]] if len(out) > rows else []
         return out[:rows]
@@ -181,20 +185,27 @@ def _log_affinity(d, tau, unit, config, log_w):
 def _softmax(log_a, may_be_empty):
     "Softmax over the last axis and its effective number 1/sum w^2; a row without any weight gives zeros"
     w = log_a.softmax(-1)
-    if may_be_empty: w.masked_fill_(log_a.amax(-1, keepdim=True) == -math.inf, 0.)
+    if not may_be_empty: return w, _squared_norm(w).reciprocal_()
+    w.masked_fill_(log_a.amax(-1, keepdim=True) == -math.inf, 0.)
     w2 = _squared_norm(w)
     return w, torch.where(w2 > 0, 1/w2, 0.)
 
-def _field(x, neg, pos, d, tau, unit, config, log_w):
-    "The unnormalised field of one temperature [b, N, D], and the effective numbers of negatives and positives [b, N]"
+def _weights(d, tau, unit, config, log_w):
+    "What multiplies negatives [b, N, K], positives [b, N, M] and, if a sum may be empty, x_j [b, N, 1]; both sides' effective numbers [b, N]"
     a_neg, a_pos = _log_affinity(d, tau, unit, config, log_w)
     may_be_empty = log_w is not None or a_neg.shape[-1] == 1
     (q, n_neg), (p, n_pos) = _softmax(a_neg, may_be_empty), _softmax(a_pos, may_be_empty)
-    V = torch.bmm(p, pos) # x_j drops out where both weights sum to one
+    weights = [q, p] + ([((n_pos > 0).to(p) - (n_neg > 0).to(p))[..., None]] if may_be_empty else []) # else x_j drops out
+    if config.softmax == 'joint':
+        total = (a_neg.logsumexp(-1) + a_pos.logsumexp(-1)).exp_()[..., None]
+        for w in weights: w.mul_(total)
+    return weights, (n_neg, n_pos)
+
+def _field(x, neg, pos, q, p, own=None, out=None):
+    "The unnormalised field [b, N, D] of queries x, a list of negatives, positives and their weights"
+    V = torch.bmm(p, pos, out=out)
     for part, w in zip(neg, q.split([len(part[0]) for part in neg], -1)): V.baddbmm_(w, part, alpha=-1)
-    if may_be_empty: V.sub_(((n_pos > 0).to(V) - (n_neg > 0).to(V))[..., None]*x)
-    if config.softmax == 'joint': V.mul_((a_neg.logsumexp(-1) + a_pos.logsumexp(-1)).exp_()[..., None])
-    return V, n_neg, n_pos
+    return V if own is None else V.addcmul_(own, x, value=-1)
 
 # %% ../nbs/04_drifting.ipynb #1a128647
 def _check(gen, pos, neg, weights, classes, chunk):
@@ -225,6 +236,8 @@ class _Samples:
         chunk = min(chunk or self._by_memory(), self.B)
         self.rows = [slice(i, min(i+chunk, self.B)) for i in range(0, self.B, chunk)]
         self.moved = self.new(chunk, self.N if config.perturbation == 'query' else self.K, self.D, fill=None) if self.perturbed else None
+        self.field = self.new(chunk, self.N, self.D, fill=None)
+        self.order = sorted(range(len(config.temperatures)), key=config.temperatures.__getitem__)
         self.buffer, self.copied = None, {}
 
     def new(self, *shape, fill=0.):
@@ -232,14 +245,15 @@ class _Samples:
         return new if fill is None else new.fill_(fill)
 
     def _by_memory(self):
-        "How many of B fit into 16 MB, which a processor's caches hold, or 1 GB of an accelerator, which likes large batches"
+        "How many of B fit into 64 MB, or 1 GB of an accelerator: more at a time are fewer calls, fewer stay in a processor's caches"
         row = self.dtype.itemsize*((self.T + 2*self.perturbed*self.K)*self.D + 4*self.N*self.T + 3*self.N*self.D)
-        fit = (2**24 if self.device.type == 'cpu' else 2**30)//row
+        fit = (2**26 if self.device.type == 'cpu' else 2**30)//row
         return 2**int(math.log2(max(1, fit))) # a power of two, to meet the noise's blocks
 
     def __getitem__(self, r):
         "Generated samples, extra negatives and positives of rows r; copied only to change the type or to take away a large mean"
         parts = [x[r] for x in self.parts]
+        if self.copied.get(r.start) is False: return parts
         centre = parts[0].mean(1, keepdim=True, dtype=self.dtype)
         if r.start not in self.copied: # a mean beyond 1.7 times the spread is large
             self.copied[r.start] = any(x.dtype != self.dtype for x in parts) or bool((4*_squared_norm(centre)[:, 0] > 3*_squared_norm(parts[0]).mean(1)).any())
@@ -250,21 +264,24 @@ class _Samples:
         return out
 
 # %% ../nbs/04_drifting.ipynb #7795c727
-def _both_distances(s, x, negatives, pos, pos2=None, same=True):
+def _products(gen, pos): return torch.bmm(gen, pos.mT), _squared_norm(pos) # what distances of moved samples to pos are made of
+
+def _both_distances(s, x, negatives, pos, products=None, pos2=None, same=True):
     "Distances of x to the negatives, a list of which the first begins with x itself if `same`, and to the positives"
     floor = 1e-8 if s.config.guards == 'original' else 0.
     d = [distances(x, y, floor=floor, same=same and i == 0) for i, y in enumerate(negatives)]
-    return [torch.cat(d, -1) if len(d) > 1 else d[0], distances(x, pos, floor=floor, y2=pos2)]
+    return [torch.cat(d, -1) if len(d) > 1 else d[0], distances(x, pos, floor=floor, y2=pos2, products=products)]
 
 def _mean_distance(s, group, classes):
-    "Weighted mean distance, self-distances included, per call, class or token; and the distances, if they will be used again"
+    "Weighted mean distance, self-distances included, per call, class or token; and what of its rows will be used again: distances, or `_products`"
     sums, kept = s.new(2, s.B), {}
     for r in s.rows:
         gen, neg, pos = s[r]
-        d = _both_distances(s, gen, [gen, neg], pos)
+        products = _products(gen, pos) if s.perturbed else ()
+        d = _both_distances(s, gen, [gen, neg], pos, *products)
         sums[0, r] = sum(torch.einsum('bnk,bk->b', x, w[r]) for x, w in zip(d, s.weights))
         sums[1, r] = s.N*sum(w[r].sum(1) for w in s.weights)
-        if not s.perturbed: kept[r.start] = d
+        kept[r.start] = products if s.perturbed else d
     sums = sums.view(2, {'call': 1, 'class': classes, 'token': s.B}[s.config.scope], -1).sum(2)
     if s.config.scope == 'call' and group is not None: torch.distributed.all_reduce(sums, group=group)
     return sums[0]/sums[1].clamp(min=torch.finfo(s.dtype).tiny), kept
@@ -277,32 +294,47 @@ def _units(s, scale):
     return unit, torch.ones_like(unit) if s.config.scale == 'raw' else unit/s.D**.5
 
 # %% ../nbs/04_drifting.ipynb #cad5b7cd
-def _perturbed(s, gen, neg, noise, by, tau):
-    "Queries and list of negatives, moved by tau*by*noise as (12) says"
+def _moved(s, gen, neg, noise, tau, before):
+    "Queries and list of negatives, moved by tau*noise as (12) says; those of the temperature `before` are moved on, in place"
     sizes = s.sizes[:1] if s.config.perturbation == 'query' else s.sizes[:2]
     moved = s.moved[:len(gen)]
-    for x, n, out in zip((gen, neg), noise.split(sizes, 1), moved.split(sizes, 1)): torch.addcmul(x, n, by, value=tau, out=out)
+    if before: moved.add_(noise, alpha=tau-before)
+    else:
+        for x, n, out in zip((gen, neg), noise.split(sizes, 1), moved.split(sizes, 1)): torch.add(x, n, alpha=tau, out=out)
     return moved[:, :s.N], [gen, neg] if s.config.perturbation == 'query' else [moved]
 
 def _fields(s, unit, kept, generator):
-    "Yield temperature's index, rows, and what `_field` returns for them"
-    c, column = s.config, lambda x: x[:, None, None]
+    "Yield temperature's index, rows, the samples, and what `_weights` returns for them"
+    c = s.config
     if s.perturbed:
-        draws = len(c.temperatures) if c.perturbation_draw == 'independent' else 1
-        take = _noise_rows(s.B, (draws, s.moved.shape[1], s.D), generator, s.moved)
         by = {'mean': unit, 'coordinate': unit/s.D**.5, 'raw': torch.ones_like(unit)}[c.perturbation_unit]
+        draws = len(c.temperatures) if c.perturbation_draw == 'independent' else 1
+        take = _noise_rows(by, (draws, s.moved.shape[1], s.D), generator)
     for r in s.rows:
         gen, neg, pos = s[r]
         x, negatives, log_w = gen, [gen, neg], [w[r].log() for w in s.weights] if s.weighted else None
         if s.perturbed:
-            noise = None # let go of the old rows before new ones are drawn
-            noise, pos2 = take(r.stop-r.start), _squared_norm(pos)
-        else: d = kept.pop(r.start, None) or _both_distances(s, x, negatives, pos)
-        for t, tau in enumerate(c.temperatures):
+            noise, before = None, 0. # let go of the old rows before new ones are drawn
+            noise, (products, pos2) = take(r.stop-r.start), kept.get(r.start) or _products(gen, pos)
+            along = [torch.bmm(n[:, :s.N], pos.mT) for n in noise.unbind(1)] # (x + tau n)y = xy + tau ny
+        else: d = kept.get(r.start) or _both_distances(s, x, negatives, pos)
+        for t in s.order:
+            tau = c.temperatures[t]
             if s.perturbed:
-                x, negatives = _perturbed(s, gen, neg, noise[:, t % draws], column(by[r]), tau)
-                d = _both_distances(s, x, negatives, pos, pos2, same=c.perturbation == 'all')
-            yield t, r, *_field(x, negatives, pos, d, tau, column(unit[r]), c, log_w)
+                x, negatives = _moved(s, gen, neg, noise[:, t % draws], tau, before)
+                d = _both_distances(s, x, negatives, pos, torch.add(products, along[t % draws], alpha=tau), pos2, c.perturbation == 'all')
+                if draws == 1: before = tau
+            yield t, r, (x, negatives, pos), *_weights(d, tau, unit[r, None, None], c, log_w)
+
+def _add_fields(V, s, fields, factor):
+    "Add the fields of all temperatures times `factor` [temperatures, B] to V: where no sample moves, add their weights, and take one product"
+    total = None
+    for t, r, samples, weights, _ in fields:
+        weights = [w.mul_(factor[t, r, None, None]) for w in weights]
+        total = [a.add_(w) for a, w in zip(total, weights)] if total else weights
+        if s.perturbed or t == s.order[-1]:
+            V[r] += _field(*samples, *total, out=s.field[:len(V[r])])
+            total = None
 
 # %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
@@ -315,26 +347,28 @@ def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
         unit, coordinate = _units(s, scale)
         step = coordinate if original else torch.ones_like(coordinate) # the unit in which the loss sees gen
         V, own, square, means = s.new(s.B, s.N, s.D), s.new(n, s.B), s.new(n, s.B), s.new(3, n)
-        parts = s.new(n, s.B, s.N, s.D, fill=None) if config.normalisation == 'rms' else None # known only after the last row
-        for t, r, F, n_neg, n_pos in _fields(s, unit, kept, generator):
+        rms = config.normalisation == 'rms'
+        if rms and s.perturbed: # the same noise is drawn twice
+            if generator is None: generator = torch.Generator(gen.device).manual_seed(torch.randint(2**62, ()).item())
+            state = generator.get_state()
+        for t, r, samples, w, (n_neg, n_pos) in _fields(s, unit, kept, generator):
+            F = _field(*samples, *w, out=s.field[:len(w[0])])
             length = torch.linalg.vector_norm(F, dim=-1)
             square[t, r] = length.square().sum(1)
             means[:, t] += torch.stack([length.sum(), n_neg.sum(), n_pos.sum()])/(s.B*s.N)
-            if config.normalisation == 'rms': parts[t, r] = F
-            elif config.normalisation == 'unit':
-                V[r].addcdiv_(F, torch.where(length > 0, length, 1.)[..., None])
-                own[t, r] = (length > 0).sum(1).to(s.dtype)
-            else:
-                V[r].addcdiv_(F, step[r, None, None])
-                own[t, r] = square[t, r]/step[r]**2
+            if rms: continue # what to divide by is known only after the last row
+            by = torch.where(length > 0, length, 1.) if config.normalisation == 'unit' else step[r, None].expand_as(length)
+            V[r].addcdiv_(F, by[..., None])
+            own[t, r] = (length/by).square_().sum(1)
         # the mean square, in coordinates of order one, is over all of B and all processes
         sums = torch.cat([(square/coordinate**2).sum(1), s.new(1, fill=s.B*s.N*s.D)])
         if group is not None: torch.distributed.all_reduce(sums, group=group)
         mean_square = sums[:n]/sums[n]
-        if config.normalisation == 'rms':
-            rms = (mean_square.clamp(min=1e-8) if config.guards == 'original' else torch.where(mean_square > 0, mean_square, 1.)).sqrt()
-            for part, q in zip(parts, rms): V.addcdiv_(part, (coordinate*q)[:, None, None])
-            own = square/(coordinate*rms[:, None])**2
+        if rms:
+            size = coordinate*(mean_square.clamp(min=1e-8) if config.guards == 'original' else torch.where(mean_square > 0, mean_square, 1.)).sqrt()[:, None]
+            if s.perturbed: generator.set_state(state)
+            _add_fields(V, s, _fields(s, unit, kept, generator), 1/size)
+            own = square/size**2
         loss, slope = (V.square().mean((1, 2)), 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
     info = dict(loss=loss, V=V, scale=scale[0] if config.scope == 'call' else scale, v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
         **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})

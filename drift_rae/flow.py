@@ -8,7 +8,7 @@ __all__ = ['T_MAX', 'SAMPLERS', 'flow_path', 'flow_velocity', 'time_shift', 'def
            'train_teacher', 'save_teacher', 'load_teacher', 'DiTDH', 'preset']
 
 # %% ../nbs/05_flow.ipynb #05f4c883
-import copy, math, pickle, zipfile
+import copy, math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .autoencoder import fill
 from .core import MODELS, ParameterError, load_weights, save_weights, stream, weights_path
 from .training import fit
 from .ditdh import DiTDH, preset
+from .official import OFFICIAL_TEACHERS, hub_folder, is_repository, official_teacher, read_checkpoint
 _all_ = ['DiTDH', 'preset']
 
 # %% ../nbs/05_flow.ipynb #2fb9dce3
@@ -247,40 +249,29 @@ def save_teacher(
     save_weights(path, {**model.state_dict(), **({'losses': torch.tensor(losses)} if len(losses) else {})}, dict(model=model.config, shift=model.shift, **about))
 
 def load_teacher(
-    name_or_path='tiny', # 'tiny', a .safetensors file or a folder holding teacher.safetensors, or an official .pt checkpoint
+    name_or_path='tiny', # 'tiny', a .safetensors file or a folder or repository with teacher.safetensors, an official .pt file, or a row of `OFFICIAL_TEACHERS`
     model:str='xl', # which preset an official checkpoint is, because it does not say
     device:str='cpu', # where to put it
+    revision:str=None, # of a repository; None = the newest
 )->DiTDH: # in evaluation mode, float32
     "Read a flow teacher; one sentence (`ParameterError`) if that is impossible"
-    path = weights_path('tiny/teacher') if str(name_or_path) == 'tiny' else Path(name_or_path)
-    if path.is_dir(): path = path/'teacher.safetensors'
-    if not path.is_file() and str(name_or_path) in MODELS: raise ParameterError(f"the teacher {name_or_path!r} does not ship with the package: give the path of an official stage2_model.pt, with model={name_or_path!r}")
-    if not path.is_file(): raise ParameterError(f"no file {path}: expected a teacher, either .safetensors as written by save_teacher or an official .pt checkpoint")
+    path, config = _teacher_file(str(name_or_path), model, revision)
     if path.suffix == '.safetensors': state, about = load_weights(path)
-    else: state, about = _official_state(path), dict(model=preset(model), shift=None)
-    state.pop('losses', None)
+    else: state, about = read_checkpoint(path), dict(model=config or preset(model), shift=None)
+    state = {k: v for k, v in state.items() if k != 'losses'}
     if 'model' not in about: raise ParameterError(f"{path} has no configuration: expected weights written by save_teacher")
     with torch.device('meta'): net = DiTDH(**about['model'])
-    _same_tensors(path, state, net.state_dict())
-    net.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+    net = fill(net, state, path)
     net.shift = about['shift']
-    return net.to(device).eval()
+    return net.to(device)
 
 # %% ../nbs/05_flow.ipynb #ad65e0af
-def _official_state(path):
-    "Name -> tensor of an official checkpoint: its 'ema' part if it has one; no code of the file is run"
-    try: state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as e:
-        raise ParameterError(f"{path} is not a whole PyTorch checkpoint ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__})") from e
-    if isinstance(state, dict) and 'ema' in state: state = state['ema']
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ParameterError(f"{path} holds no weights: expected a dictionary of tensors, or one with the part 'ema'")
-    return state
-
-def _same_tensors(path, found, wanted):
-    "One sentence if names or shapes differ"
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    shape = [k for k in wanted if k in found and found[k].shape != wanted[k].shape]
-    said = [f"{len(k)} {what} ({k[0]})" for k, what in ((missing, 'missing'), (extra, 'not expected')) if k]
-    if shape: said.append(f"{len(shape)} of another shape ({shape[0]}: {list(found[shape[0]].shape)} instead of {list(wanted[shape[0]].shape)})")
-    if said: raise ParameterError(f"{path} holds another architecture: of {len(wanted)} tensors, {', '.join(said)}")
+def _teacher_file(name, model, revision):
+    "The file, and the constructor keywords of a released model"
+    if name == 'tiny': return weights_path('tiny/teacher'), None
+    if released := official_teacher(name, model, revision): return released[0], {**preset(released[1]), 'input_size': released[2]}
+    if is_repository(name): return hub_folder(name, ('teacher.safetensors',), revision)/'teacher.safetensors', None
+    path = Path(name)/'teacher.safetensors' if Path(name).is_dir() else Path(name)
+    if path.is_file(): return path, None
+    if name in MODELS: raise ParameterError(f"the teacher {name!r} does not ship with the package: give the name of a released one ({', '.join(OFFICIAL_TEACHERS)}), or the path of an official stage2_model.pt with model={name!r}")
+    raise ParameterError(f"no file {path}: expected a teacher, either .safetensors as written by save_teacher or an official .pt checkpoint")

@@ -8,8 +8,8 @@ __all__ = ['TIMEOUT', 'GRACE', 'SHARDING', 'rank', 'world_size', 'is_main', 'dev
            'accumulate', 'clip_grad_norm', 'full_state', 'load_full_state', 'full_optimiser_state',
            'load_full_optimiser_state', 'Clock']
 
-# %% ../nbs/01c_launch.ipynb #74b2786d
-import contextlib, json, logging, multiprocessing, os, pickle, re, signal, sys, tempfile, threading, time, traceback, warnings
+# %% ../nbs/01c_launch.ipynb #10e5eec2
+import atexit, contextlib, json, logging, multiprocessing, os, pickle, re, signal, sys, tempfile, threading, time, traceback, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from datetime import timedelta
@@ -209,7 +209,7 @@ def _house_rules():
         for l, level in loggers.items(): l.setLevel(level)
         for s, handler in handlers.items(): signal.signal(s, handler or signal.SIG_DFL)
 
-# %% ../nbs/01c_launch.ipynb #907405a2
+# %% ../nbs/01c_launch.ipynb #76d41f0d
 GRACE = 120 # seconds that processes get to save and end after SIGTERM or Ctrl-C (30 in versions of torch that can't be told)
 _launches = 0 # nodes count alike, so that their n-th launches find each other
 
@@ -235,8 +235,9 @@ def launch(
     world = _environment()
     if world and not rdzv:
         if nproc and nproc*nnodes != world: raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this process is one of {world} that were started together; leave nproc at 0')
-        if world > 1: join()
-        return record(fn)(*args, **kwargs) if world > 1 else fn(*args, **kwargs)
+        if world == 1: return fn(*args, **kwargs)
+        if not dist.is_initialized(): join(); atexit.register(dist.destroy_process_group) # at the end only: a second launch finds the same group
+        return record(fn)(*args, **kwargs)
     gpus = torch.cuda.device_count()
     if nproc < 0 or nnodes < 1 or (nproc > gpus > 0): raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this machine has {gpus} GPUs; accepted is 0 (all of them) or fewer, on at least one node')
     nproc = nproc or max(1, gpus)

@@ -9,8 +9,8 @@ __all__ = ['VAE', 'kl_divergence', 'train_vae', 'load_vae']
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .autoencoder import DECODERS, ENCODERS, Encoder, RAEDecoder
-from .core import ParameterError, load_weights, save_weights, stream, weights_path
+from .autoencoder import DECODERS, ENCODERS, Encoder, RAEDecoder, fill
+from .core import load_weights, save_weights, stream, weights_path
 from .training import fit
 
 # %% ../nbs/02a_vae.ipynb #9efc554d
@@ -75,6 +75,4 @@ def load_vae(
     "Read the reconstruction VAE"
     weights, config = load_weights(weights_path('tiny/vae', '' if str(name_or_path) == 'tiny' else name_or_path))
     vae = VAE(config)
-    try: vae.load_state_dict(weights)
-    except RuntimeError as e: raise ParameterError(f'vae.safetensors does not fit its configuration: {e}') from e
-    return vae.eval().requires_grad_(False)
+    return fill(vae, weights, 'vae.safetensors').requires_grad_(False)

@@ -38,4 +38,7 @@ def test_a_folder_of_another_architecture(tmp_path):
     RAE.from_pretrained('tiny').save_pretrained(tmp_path)
     weights, config = load_weights(tmp_path/'decoder.safetensors')
     save_weights(tmp_path/'decoder.safetensors', weights, {**config, 'decoder_hidden_size': 32})
-    with pytest.raises(ParameterError, match='decoder.safetensors does not fit its configuration'): RAE.from_pretrained(tmp_path)
+    with pytest.raises(ParameterError, match='disagree about decoder_hidden_size of the decoder: 64 and 32'): RAE.from_pretrained(tmp_path)
+    (tmp_path/'config.json').unlink()
+    with pytest.raises(ParameterError, match='decoder.safetensors holds another architecture: of .* of another shape') as e: RAE.from_pretrained(tmp_path)
+    assert '\n' not in str(e.value)

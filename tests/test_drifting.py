@@ -178,7 +178,7 @@ def test_weight_two_is_a_copy_and_weight_zero_is_absence(seed, shape, config):
 def test_perturbation_is_equation_12(which, unit, self_term):
     (gen, pos, neg), tau = data(3, (2, 4, 5, 3, 6)), .3
     V = drift_field(gen, pos, neg, tau=tau, scale='mean', perturbation=which, perturbation_unit=unit, self_term=self_term, generator=stream(0, 'n'))
-    n = _noise_rows(2, (1, 4 if which == 'query' else 7, 6), stream(0, 'n'), gen)(2)[:, 0]
+    n = _noise_rows(torch.ones(2, dtype=gen.dtype), (1, 4 if which == 'query' else 7, 6), stream(0, 'n'))(2)[:, 0]
     clean = torch.cat([gen, neg], 1)
     scale = torch.cat([torch.cdist(gen, clean), torch.cdist(gen, pos)], -1).mean()
     n = n*tau*{'mean': scale, 'coordinate': scale/6**.5, 'raw': 1.}[unit]
@@ -193,6 +193,38 @@ def test_perturbation_follows_the_generator():
     assert torch.equal(V(stream(0, 'a')), V(stream(0, 'a'))) and not torch.equal(V(stream(0, 'a')), V(stream(0, 'b')))
     torch.manual_seed(0); a = V(None)
     torch.manual_seed(0); assert torch.equal(a, V(None))
+
+def test_noise_is_drawn_in_blocks_of_eight():
+    "The numbers that published runs were made with: any change of how they are drawn shows here"
+    take, g = _noise_rows(torch.ones(20), (1, 4, 6), stream(0, 'n')), stream(0, 'n')
+    assert torch.equal(torch.cat([take(3).clone(), take(17)]), torch.cat([laplace_noise(k, 1, 4, 6, generator=g) for k in (8, 8, 4)]))
+
+@pytest.mark.parametrize('draw', ('shared', 'independent'))
+def test_order_of_temperatures(draw):
+    "Samples are moved from one temperature to the next; in which order the temperatures are written does not matter"
+    (gen, pos, neg), c = data(0, (9, 4, 5, 2, 6)), replace(DriftConfig.preset('c'), perturbation_draw=draw, temperatures=(.02, .05, .2))
+    alone = [drift_loss(gen, pos, neg, config=replace(c, temperatures=(t,)), generator=stream(0, 'n'))[1]['V'] for t in c.temperatures]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        V = drift_loss(gen, pos, neg, config=replace(c, temperatures=tuple(c.temperatures[i] for i in order)), generator=stream(0, 'n'))[1]['V']
+        if draw == 'shared': close(V, sum(alone), 1e-6)
+        else: assert (V - sum(alone)).abs().max() > 1e-3
+
+@pytest.mark.parametrize('given', (True, False))
+@pytest.mark.parametrize('which', ('off', 'all', 'query'))
+def test_rms_is_each_field_over_its_root_mean_square(which, given):
+    "It needs two passes over the rows: the second has to see the first one's noise"
+    (gen, pos, neg), c = data(1, (11, 4, 5, 2, 6)), replace(DriftConfig.preset('c'), perturbation=which, normalisation='rms')
+    g = stream(0, 'n')
+    torch.manual_seed(0)
+    V = drift_loss(gen, pos, neg, config=c, generator=g if given else None, chunk=3)[1]['V']
+    if given:
+        parts = [drift_field(gen, pos, neg, tau=t, config=replace(c, normalisation='none'), generator=stream(0, 'n')) for t in c.temperatures]
+        close(V, sum(F/F.square().mean().sqrt() for F in parts), 1e-6)
+        after = stream(0, 'n')
+        if which != 'off': drift_loss(gen, pos, neg, config=replace(c, normalisation='unit'), generator=after)
+        assert torch.equal(g.get_state(), after.get_state()) # and leaves the generator where one pass does
+    torch.manual_seed(0)
+    assert given or torch.equal(V, drift_loss(gen, pos, neg, config=c, chunk=3)[1]['V'])
 
 def test_noise_direction_is_uniform():
     n = laplace_noise(40_000, 3, generator=stream(0, 'direction'), dtype=torch.float64)
@@ -324,10 +356,10 @@ def test_chunks_bound_the_memory():
     from bench_drifting import inputs, peak_bytes
     gen, pos, neg = inputs(16)
     matrices, V = 4*16*64*512, 4*16*64*768
-    for config in (CLEAN, DriftConfig.preset('c')):
+    for config in (CLEAN, DriftConfig.preset('c'), replace(CLEAN, normalisation='rms'), ORIGINAL):
         small = peak_bytes(lambda: drift_loss(gen, pos, neg, config=config, chunk=1), 'cpu') - V
         large = peak_bytes(lambda: drift_loss(gen, pos, neg, config=config, chunk=16), 'cpu') - V
-        block = 0 if config is CLEAN else 4*8*256*768
+        block = 4*8*256*768 if config.perturbation == 'all' else 0
         assert small < 3*matrices + block and small < large, (small/matrices, large/matrices)
 
 # several processes

@@ -150,6 +150,23 @@ def test_checkpointing_keeps_numbers_and_gradients():
         grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
     for a, b in zip(*grads): assert torch.equal(a, b)
 
+@pytest.mark.parametrize('multiple', [8, 64])
+def test_padded_swiglu_is_exact(multiple):
+    "In float64 output and gradients are the same to rounding; parameters and checkpoints keep their shapes"
+    from drift_rae.ditdh import SwiGLU
+    a = SwiGLU(24, 61).double(); b = SwiGLU(24, 61).double(); b.load_state_dict(a.state_dict()); b.multiple = multiple
+    x = torch.randn(5, 7, 24, dtype=torch.float64, generator=stream(0, 'x'))
+    out = [m(x) for m in (a, b)]
+    torch.testing.assert_close(*out, atol=1e-14, rtol=1e-13)
+    for o in out: o.square().sum().backward()
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p.grad, q.grad, atol=1e-12, rtol=1e-12)
+    net, inputs = shaken(**SMALL).eval(), batch()
+    plain, shapes = net(*inputs), {k: v.shape for k, v in net.state_dict().items()}
+    assert any(m.w3.in_features % multiple for m in net.modules() if isinstance(m, SwiGLU))
+    torch.testing.assert_close(net.pad_swiglu(multiple)(*inputs), plain, atol=1e-5, rtol=0)
+    assert shapes == {k: v.shape for k, v in net.state_dict().items()}
+    assert torch.equal(net.pad_swiglu(1)(*inputs), plain)
+
 def test_bfloat16():
     net, (x, t, y) = shaken(**SMALL), batch()
     with torch.no_grad():
