@@ -7,8 +7,8 @@ __all__ = ['PROTOCOL', 'EVALUATION', 'ROWS', 'CHECK', 'SMALLEST', 'LEVEL', 'Row'
            'Bench', 'run_row', 'results_folder', 'result_path', 'cached', 'stored', 'missing', 'rebuild_results',
            'main', 'Claim', 'holm', 'verdicts', 'figures_of', 'log_ratios', 'interval', 'rows_of', 'step_memory']
 
-# %% ../nbs/08_ablations.ipynb #45e90d80
-import argparse, hashlib, io, json, math, os, re, time
+# %% ../nbs/08_ablations.ipynb #321b6da5
+import argparse, functools, hashlib, io, json, math, os, re, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,8 +78,11 @@ def _rows():
 
 ROWS = tuple(_rows())
 
-# %% ../nbs/08_ablations.ipynb #6b53e2d2
+# %% ../nbs/08_ablations.ipynb #53ee1cbd
 def _digest(x): return hashlib.sha256(x if isinstance(x, bytes) else json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
+
+@functools.cache
+def _weights(name): return _digest(weights_path(f'tiny/{name}').read_bytes())
 
 def recipe(
     config:DistillConfig,
@@ -88,7 +91,7 @@ def recipe(
 )->dict: # JSON-serialisable
     "Everything that a result depends on but the seed and the code"
     names = ['encoder', 'stats', 'decoder', 'judge'] + ['teacher']*(teacher == 0)
-    return dict(config.recipe(), evaluation=evaluation, weights={n: _digest(weights_path(f'tiny/{n}').read_bytes()) for n in names},
+    return dict(config.recipe(), evaluation=evaluation, weights={n: _weights(n) for n in names},
         teacher='shipped' if not teacher else dict(seed=teacher, **asdict(FlowConfig.preset('tiny'))))
 
 def recipe_hash(

@@ -6,15 +6,15 @@
 __all__ = ['ROWS', 'SCRATCH', 'fresh_student', 'mapped_step', 'LatentMAE', 'train_mae', 'maps', 'from_scratch', 'scratch_recipe',
            'scratch_result']
 
-# %% ../nbs/09_from_scratch.ipynb #20d8f53e
+# %% ../nbs/09_from_scratch.ipynb #71ef98f5
 import copy, io, time
 from contextlib import redirect_stdout
 from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .ablations import EVALUATION, _digest
-from .core import stream, weights_path
+from .ablations import EVALUATION, _weights
+from .core import stream
 from .distill import changed
 from .drifting import drift_loss
 from .flow import DiTDH, one_step, preset
@@ -132,7 +132,7 @@ def from_scratch(
     log = train(student, step_fn, steps=config.steps, lr=config.lr, betas=config.betas, clip=config.clip, average=average, decay=config.ema, callback=callback)
     return average, curve, log
 
-# %% ../nbs/09_from_scratch.ipynb #0006d981
+# %% ../nbs/09_from_scratch.ipynb #6f84cbe9
 def scratch_recipe(
     name:str, # of `ROWS`
     config:DistillConfig=changed(config_for('tiny'), SCRATCH),
@@ -140,7 +140,7 @@ def scratch_recipe(
     "All that a result depends on but the seed and the code"
     space, kind, _ = ROWS[name]
     files = {'judge', *({'encoder', 'stats', 'decoder'} if space == 'RAE' or kind == 'through' else ()), *(('vae',) if space == 'VAE' else ())}
-    return dict(config.recipe(), row=name, space=space, map=kind, evaluation=EVALUATION, weights={n: _digest(weights_path(f'tiny/{n}').read_bytes()) for n in sorted(files)})
+    return dict(config.recipe(), row=name, space=space, map=kind, evaluation=EVALUATION, weights={n: _weights(n) for n in sorted(files)})
 
 def scratch_result(
     name:str, # of `ROWS`

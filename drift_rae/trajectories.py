@@ -6,13 +6,13 @@
 __all__ = ['DRIFT', 'BUDGET', 'METHODS', 'vae_store', 'Space', 'endpoint_error', 'end_of', 'regression_loss', 'consistency_loss',
            'distil_by', 'measure', 'recipe_of']
 
-# %% ../nbs/08b_trajectories.ipynb #57d00d1f
+# %% ../nbs/08b_trajectories.ipynb #c15b1786
 import copy, io, time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 import torch
 from torch import Tensor, nn
-from .ablations import EVALUATION, Bench, Row, _digest, cached
+from .ablations import EVALUATION, Bench, Row, _weights, cached
 from .core import image_noise, stream, weights_path
 from .data import training_digits
 from .distill import distill
@@ -84,13 +84,13 @@ def consistency_loss(
         wanted = end_of(target, neighbour, s, labels)
     return (end_of(student, x, t, labels) - wanted).square().mean()
 
-# %% ../nbs/08b_trajectories.ipynb #a1921ee1
+# %% ../nbs/08b_trajectories.ipynb #2e345e2e
 DRIFT = Row('trajectories', 'drifting', (256, 64, 192)) # configuration C, short protocol
 BUDGET = 300*2*(3*32 + 96) # evaluations
 METHODS = dict(
     drifting    = dict(),
     regression  = dict(share=.5, batch=64, lr=(1e-3, 1e-5), ema=(.99, 100)), # share of the budget for solving ODEs
-    consistency = dict(points=17, batch=64, lr=(1e-3, 1e-5), ema=(.99, 100)), # points of the grid of times
+    consistency = dict(points=17, batch=64, lr=(3e-4, 3e-6), ema=(.99, 100)), # points of the grid of times
 )
 
 def _regression(space, seed, budget, share, batch, lr, ema):
@@ -132,7 +132,7 @@ def distil_by(
     train(student, step_fn, steps=steps, lr=options['lr'], average=average, decay=options['ema'])
     return average
 
-# %% ../nbs/08b_trajectories.ipynb #750a2dee
+# %% ../nbs/08b_trajectories.ipynb #2e1b80ae
 def measure(
     method:str, # of `METHODS`, or 'teacher, 1' or 'teacher, 50'
     space:Space,
@@ -157,4 +157,4 @@ def recipe_of(
     "All that a result depends on but the seed and the code"
     files = dict(RAE=('encoder', 'stats', 'decoder', 'teacher', 'judge'), VAE=('vae', 'vae_teacher', 'judge'))[space_name]
     settings = DRIFT.config().recipe() if method == 'drifting' else METHODS.get(method)
-    return dict(method=method, space=space_name, settings=settings, budget=budget, evaluation=EVALUATION, weights={n: _digest(weights_path(f'tiny/{n}').read_bytes()) for n in files})
+    return dict(method=method, space=space_name, settings=settings, budget=budget, evaluation=EVALUATION, weights={n: _weights(n) for n in files})
