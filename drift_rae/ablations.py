@@ -102,7 +102,7 @@ def recipe_hash(
     "The name of a recipe"
     return _digest(recipe(config, teacher, evaluation))[:8]
 
-# %% ../nbs/08_ablations.ipynb #84d31232
+# %% ../nbs/08_ablations.ipynb #e2ff58b0
 def flow_teacher(
     seed:int=0, # 0: the one that ships
     folder:str|Path='runs/teachers', # where others are kept
@@ -119,11 +119,16 @@ def flow_teacher(
 class Bench:
     "What rows share: latents, teacher, decoder, judge, and the judge's features of the training images"
     def __init__(self, teacher:int=0): # seed of the flow teacher
-        self.rae, self.judge, self.store = RAE.from_pretrained('tiny'), load_judge(), latent_store('tiny')
-        self.seed, self.teacher = teacher, flow_teacher(teacher, store=self.store)
+        self.judge, self.seed = load_judge(), teacher
+        self.rae, self.store, self.teacher = self.parts()
         real = torch.cat([self.judge.features(x) for x in training_digits()[0].split(1024)])
         self.statistics = statistics(real)
         self.balls = real[torch.randperm(len(real), generator=stream(0, 'balls'))[:EVALUATION['balls']]]
+
+    def parts(self): # autoencoder, latents, teacher
+        rae = RAE.from_pretrained('tiny')
+        store = latent_store('tiny', autoencoder=rae)
+        return rae, store, flow_teacher(self.seed, store=store)
 
     @torch.no_grad()
     def evaluate(self,
@@ -266,7 +271,7 @@ def main(arguments=None):
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook
 
-# %% ../nbs/08_ablations.ipynb #93dd678b
+# %% ../nbs/08_ablations.ipynb #31a7a909
 SMALLEST, LEVEL = math.log(1.02), .05 # effect that matters; error of a table's verdicts, all together
 
 @dataclass(frozen=True)
@@ -292,11 +297,11 @@ def _p_values(d, says):
 def verdicts(
     claims:list, # of one table: the family
     d:list, # for each claim the paired log ratios ln(FD of row / FD of than), an array over seeds
-)->list: # of 'reproduced', 'not reproduced', 'undecided at this scale', 'not run'
+)->list: # of 'reproduced', 'not reproduced', 'undecided at this scale', 'too few seeds'
     "Verdicts of a table's claims by paired t-tests with Holm's adjustment"
     oriented = [-x if c.says == 'better' else x for c, x in zip(claims, map(np.asarray, d))]
     run = [i for i, x in enumerate(oriented) if len(x) > 1]
-    out = ['not run']*len(claims)
+    out = ['too few seeds']*len(claims)
     if not run: return out
     holds, fails = (holm(p) for p in zip(*(_p_values(oriented[i], claims[i].says) for i in run)))
     for i, yes, no in zip(run, holds, fails):

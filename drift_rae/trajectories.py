@@ -22,7 +22,7 @@ from .step import make_student
 from .training import train
 from .vae import VAE, load_vae
 
-# %% ../nbs/08b_trajectories.ipynb #a400f6b9
+# %% ../nbs/08b_trajectories.ipynb #57d6ce9a
 def vae_store(vae:VAE)->LatentStore: # one posterior sample of each training digit, as in `03_geometry`
     "The VAE's latents of the training digits"
     x, y = training_digits()
@@ -31,11 +31,13 @@ def vae_store(vae:VAE)->LatentStore: # one posterior sample of each training dig
 class Space(Bench):
     "A latent space with its teacher, and the judge of its images"
     def __init__(self, name:str): # 'RAE' or 'VAE'
-        super().__init__()
         self.name, self.ends = name, {}
-        if name == 'VAE':
-            self.rae = load_vae()
-            self.store, self.teacher = vae_store(self.rae), load_teacher(weights_path('tiny/vae_teacher'))
+        super().__init__()
+
+    def parts(self): # autoencoder, latents, teacher
+        if self.name == 'RAE': return super().parts()
+        vae = load_vae()
+        return vae, vae_store(vae), load_teacher(weights_path('tiny/vae_teacher'))
 
     def endpoints(self, noise_seed, per_class=30): # noises, labels, where the teacher's ODE takes them
         if noise_seed not in self.ends:
