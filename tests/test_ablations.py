@@ -18,7 +18,7 @@ def put(folder, row, seed, **changes):
     path.write_text(json.dumps({**a_result(row, seed, 1.), **changes}))
     return path
 
-B = next(r for r in ROWS if (r.table, r.name) == ('3', 'B'))
+B = next(r for r in ROWS if (r.table, r.name) == ('3 short', 'B'))
 
 def test_stored_results_are_what_their_names_say():
     files = sorted(RESULTS.glob('*/*.json'))
@@ -31,9 +31,9 @@ def test_stored_results_are_what_their_names_say():
 
 def test_a_result_is_used_by_all_tables_that_have_its_row(tmp_path):
     put(tmp_path, B, 0)
-    todo = {(r.table, r.name) for r, seed in missing(('3', '5', '7'), 1, tmp_path)}
-    assert not todo & {('3', 'B'), ('5', 'both'), ('7', '64, 64+0')} and ('3', 'C') in todo
-    assert len(missing(('3',), 2, tmp_path)) == 5
+    todo = {(r.table, r.name) for r, seed in missing(('3 short', '5 short', '7'), 1, tmp_path)}
+    assert not todo & {('3 short', 'B'), ('5', 'both'), ('7', '64, 64+0')} and ('3 short', 'C') in todo
+    assert len(missing(('3 short',), 2, tmp_path)) == 5
 
 def test_each_recipe_is_missing_once_and_with_its_curve(tmp_path):
     todo = missing((), 1, tmp_path)
