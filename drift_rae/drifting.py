@@ -147,15 +147,15 @@ def laplace_noise(
 # %% ../nbs/04_drifting.ipynb #b6c7b41d
 _BLOCK = 8 # noise is drawn for this many of B at a time, so that it does not depend on the chunk size
 
-def _noise_rows(unit, shape, generator):
-    "A function `take(rows)` that hands out the noise of the next rows, [rows, *shape], in units of `unit` [B]"
-    drawn, kept, device = 0, [], unit.device if generator is None else generator.device
+def _noise_rows(unit, shape, generators):
+    "A function `take(rows)` that hands out the noise of the next rows, [rows, *shape], in units of `unit` [B]; each generator serves as many rows"
+    drawn, kept, device, each = 0, [], generators[0].device if generators[0] else unit.device, len(unit)//len(generators)
     by = unit.to(device).view(-1, *[1]*(len(shape)-1))
     def take(rows):
         nonlocal drawn, kept
         while sum(map(len, kept)) < rows:
-            u = by[drawn:drawn+_BLOCK]
-            kept.append(laplace_noise(len(u), *shape, generator=generator, dtype=u.dtype, device=device, unit=u).to(unit.device))
+            u = by[drawn:drawn+min(_BLOCK, each - drawn % each)]
+            kept.append(laplace_noise(len(u), *shape, generator=generators[drawn//each], dtype=u.dtype, device=device, unit=u).to(unit.device))
             drawn += len(u)
         out = kept[0] if len(kept) == 1 else torch.cat(kept)
         kept = [out[rows:]] if len(out) > rows else []
@@ -303,13 +303,13 @@ def _moved(s, gen, neg, noise, tau, before):
         for x, n, out in zip((gen, neg), noise.split(sizes, 1), moved.split(sizes, 1)): torch.add(x, n, alpha=tau, out=out)
     return moved[:, :s.N], [gen, neg] if s.config.perturbation == 'query' else [moved]
 
-def _fields(s, unit, kept, generator):
+def _fields(s, unit, kept, generators):
     "Yield temperature's index, rows, the samples, and what `_weights` returns for them"
     c = s.config
     if s.perturbed:
         by = {'mean': unit, 'coordinate': unit/s.D**.5, 'raw': torch.ones_like(unit)}[c.perturbation_unit]
         draws = len(c.temperatures) if c.perturbation_draw == 'independent' else 1
-        take = _noise_rows(by, (draws, s.moved.shape[1], s.D), generator)
+        take = _noise_rows(by, (draws, s.moved.shape[1], s.D), generators)
     for r in s.rows:
         gen, neg, pos = s[r]
         x, negatives, log_w = gen, [gen, neg], [w[r].log() for w in s.weights] if s.weighted else None
@@ -341,6 +341,8 @@ def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
     "Fields of all temperatures, normalised and added [B, N, D]; minus d loss / d gen over that [B]; and what is worth knowing"
     neg = gen[:, :0] if neg is None else neg
     _check(gen, pos, neg, weights, classes, chunk)
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    if len(generators) not in (1, classes): raise ValueError(f'{len(generators)} generators for {classes} classes: give one, or one for each class')
     with _exact(gen.device):
         s, n, original = _Samples(gen, pos, neg, weights, config, chunk), len(config.temperatures), config.reduction == 'original'
         scale, kept = _mean_distance(s, group, classes) if config.scale == 'mean' else (s.new(1, fill=1.), {})
@@ -349,9 +351,9 @@ def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
         V, own, square, means = s.new(s.B, s.N, s.D), s.new(n, s.B), s.new(n, s.B), s.new(3, n)
         rms = config.normalisation == 'rms'
         if rms and s.perturbed: # the same noise is drawn twice
-            if generator is None: generator = torch.Generator(gen.device).manual_seed(torch.randint(2**62, ()).item())
-            state = generator.get_state()
-        for t, r, samples, w, (n_neg, n_pos) in _fields(s, unit, kept, generator):
+            if generators == [None]: generators = [torch.Generator(gen.device).manual_seed(torch.randint(2**62, ()).item())]
+            states = [g.get_state() for g in generators]
+        for t, r, samples, w, (n_neg, n_pos) in _fields(s, unit, kept, generators):
             F = _field(*samples, *w, out=s.field[:len(w[0])])
             length = torch.linalg.vector_norm(F, dim=-1)
             square[t, r] = length.square().sum(1)
@@ -366,10 +368,11 @@ def _drift(gen, pos, neg, weights, config, generator, chunk, group, classes):
         mean_square = sums[:n]/sums[n]
         if rms:
             size = coordinate*(mean_square.clamp(min=1e-8) if config.guards == 'original' else torch.where(mean_square > 0, mean_square, 1.)).sqrt()[:, None]
-            if s.perturbed: generator.set_state(state)
-            _add_fields(V, s, _fields(s, unit, kept, generator), 1/size)
+            if s.perturbed:
+                for g, state in zip(generators, states): g.set_state(state)
+            _add_fields(V, s, _fields(s, unit, kept, generators), 1/size)
             own = square/size**2
-        loss, slope = (V.square().mean((1, 2)), 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
+        loss, slope = (_squared_norm(V).mean(1)/s.D, 2/(s.N*s.D*step)) if original else (own.mean(0), 2/n/step)
     info = dict(loss=loss, V=V, scale=scale[0] if config.scope == 'call' else scale, v_norm=means[0], n_eff_neg=means[1], n_eff_pos=means[2],
         **{f'loss_{tau}': m for tau, m in zip(config.temperatures, mean_square)})
     return V, slope, info
@@ -385,7 +388,7 @@ def drift_field(
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
     config:DriftConfig=DriftConfig(scale='raw', normalisation='none'), # its temperatures give way to `tau`
-    generator:torch.Generator=None, # of the noise, which is drawn on its device; None: torch's own
+    generator=None, # of the noise, a `torch.Generator` or one for each class; drawn on its device; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost
@@ -405,7 +408,7 @@ def drift_loss(
     weight_pos:Tensor=None, # [B, M]
     weight_neg:Tensor=None, # [B, P]
     config:DriftConfig=DriftConfig.preset('c'),
-    generator:torch.Generator=None, # of the noise, which is drawn on its device; None: torch's own
+    generator=None, # of the noise, a `torch.Generator` or one for each class; drawn on its device; None: torch's own
     chunk:int=None, # how many of B at a time; None: by memory
     group=None, # process group over which the mean distance and the RMS are taken
     classes:int=1, # number of classes in B, outermost

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .autoencoder import RAE, RAEDecoder
 from .core import ParameterError, image_noise, load_weights, save_weights, weights_path, write_json
 from .flow import DiTDH, one_step
+from .official import fetch_file, is_repository
 
 # %% ../nbs/05d_generator.ipynb #4f3edbf5
 class OneStepGenerator(nn.Module):
@@ -66,9 +67,11 @@ def save_generator(
     write_json(Path(folder)/'generator.json', config)
 
 def load_generator(
-    name_or_path:str|Path='tiny', # 'tiny' (shipped), or a folder with generator.safetensors
+    name_or_path:str|Path='tiny', # 'tiny' (shipped), a folder with generator.safetensors, or a Hugging Face repository that holds one
+    revision:str=None, # branch, tag or commit of a repository
 )->OneStepGenerator:
     "Read a one-step generator; one sentence if a file is missing, damaged or of another architecture"
+    if is_repository(name_or_path): name_or_path = fetch_file(str(name_or_path), 'generator.safetensors', revision).parent
     tensors, config = load_weights(weights_path('tiny/generator', '' if str(name_or_path) == 'tiny' else name_or_path))
     part = lambda name: {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
     try:

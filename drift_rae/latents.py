@@ -261,7 +261,7 @@ def save_latents(
         write_shard(folder, s, ((store.rows(i), labels[i.numpy()]) for i in index.split(256)), plan)
     finish_latents(folder)
 
-# %% ../nbs/02c_latents.ipynb #74822e07
+# %% ../nbs/02c_latents.ipynb #b22fafd4
 def describe_encoder(
     autoencoder, # RAE, VAE, or anything with `encode` and a state dict
     revision:str='', # where its weights come from: a repository's revision, say
@@ -269,9 +269,10 @@ def describe_encoder(
     "What identifies the latents of an autoencoder: configuration, hash of the weights that encode, statistics"
     state, statistics = autoencoder.state_dict(), ('latent_mean', 'latent_var')
     encodes = {k: v for k, v in state.items() if not k.startswith('decoder') and k not in statistics}
-    config = getattr(getattr(autoencoder, 'encoder', None), 'config', None) or getattr(autoencoder, 'config', None)
+    config = next((c for part in ('encoder', 'network', '') if (c := getattr(getattr(autoencoder, part, None) if part else autoencoder, 'config', None))), None)
+    other = {k: getattr(autoencoder, k, None) for k in ('eps', 'scale', 'sample')}
     return json.loads(json.dumps(dict(kind=type(autoencoder).__name__, config=config, weights=hash_weights(encodes) if encodes else None, revision=str(revision or getattr(autoencoder, 'revision', '') or ''),
-        statistics=dict(mean=None, var=None, eps=getattr(autoencoder, 'eps', None), scale=getattr(autoencoder, 'scale', None))
+        statistics=dict(mean=None, var=None, **other)
             | {k.removeprefix('latent_'): hash_weights({k: state[k]}) for k in statistics if state.get(k) is not None}), default=str))
 
 def _check_origin(manifest, folder, autoencoder, images):

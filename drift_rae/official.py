@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .autoencoder import DECODERS, ENCODERS, RAE, RAE_FILES, Encoder, RAEDecoder, fill, load_rae, make_encoder, sincos_positions
 from .core import ParameterError, atomic
 
-# %% ../nbs/02d_official.ipynb #9d303e52
+# %% ../nbs/02d_official.ipynb #c2e1ca31
 def check_sha256(
     path:str|Path, # a file
     sha256:str='', # its digest in hexadecimal; empty = anything goes
@@ -29,9 +29,9 @@ def check_sha256(
     with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
     if found != sha256.lower(): raise ParameterError(f"{path} is not the file that was expected: its sha256 is {found}, expected {sha256}")
 
-def _offline(): return huggingface_hub.is_offline_mode() or os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')
+def _offline(): return huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')
 
-# %% ../nbs/02d_official.ipynb #83a04e23
+# %% ../nbs/02d_official.ipynb #fc62fe5c
 def fetch_file(
     repo:str, # 'owner/name' on the Hugging Face Hub
     path:str, # of the file in the repository
@@ -45,10 +45,10 @@ def fetch_file(
     try: found = Path(huggingface_hub.hf_hub_download(repo, path, revision=revision, cache_dir=cache, local_files_only=offline))
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as e: raise ParameterError(f"{what}: there is no such repository, or it is not public") from e
     except errors.RevisionNotFoundError as e: raise ParameterError(f"{what}: the repository has no such revision") from e
-    except errors.RemoteEntryNotFoundError as e: raise ParameterError(f"{what}: the repository does not hold it") from e
     except errors.LocalEntryNotFoundError as e:
         why = 'offline mode is on (HF_HUB_OFFLINE)' if offline else 'the Hub cannot be reached'
         raise ParameterError(f"{what}: {why} and it is not in the cache; fetch it where there is a network (hf download {repo} {path}), or give a folder that has it") from e
+    except errors.EntryNotFoundError as e: raise ParameterError(f"{what}: the repository does not hold it") from e
     except (OSError, RuntimeError) as e: raise ParameterError(f"{what}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
     check_sha256(found, sha256)
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'FIGURES', 'DistillConfig', 'config_for', 'to_tokens', 'step_labels', 'step_samples',
-           'make_student', 'check_world', 'share_out', 'drift_step']
+           'device_stream', 'step_noise', 'make_student', 'check_world', 'share_out', 'own_chunks', 'drift_step']
 
 # %% ../nbs/05f_step.ipynb #3a162c1f
 import copy, json
@@ -22,7 +22,7 @@ RECIPE = ('drift', 'n_class', 'n_pos', 'n_neg', 'n_extra_neg', 'steps', 'lr', 'b
 
 def _check_config(c):
     "One sentence for what cannot be meant"
-    least = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0, checkpoint_every=1, keep=1)
+    least = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0, checkpoint_every=1, keep=1, monitor_every=0)
     for name, low in least.items():
         v = getattr(c, name)
         if not isinstance(v, int) or isinstance(v, bool) or v < low: raise ParameterError(f'{name}={v!r}: accepted is a whole number from {low}')
@@ -54,12 +54,13 @@ class DistillConfig:
     precision:str='bfloat16' # of the generator's forward pass ('float32' or 'bfloat16'); weights and field are float32
     # from here on: how it is computed, which changes time and memory but not the result (beyond rounding)
     at_once:int=1 # classes that are computed together; more is faster and needs more memory
-    micro_batch:int=0 # samples that carry a gradient at the same time; 0: those of `at_once` classes
+    micro_batch:int=0 # samples in the network at the same time; 0: those of `at_once` classes
     recompute:bool=False # recompute activations in the backward pass: less memory, a third more time
     compiled:bool=False # torch.compile the generator
     sharding:str='ddp' # several processes: 'ddp' (each has the whole model) or 'fsdp' (each has a part)
     checkpoint_every:int=500 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
+    monitor_every:int=500 # steps between sheets of samples and quick Frechet distances; 0: none
 
     def __post_init__(self): _check_config(self)
     def to_dict(self): return json.loads(json.dumps({**asdict(self), 'drift': self.drift.to_dict()}))
@@ -67,7 +68,7 @@ class DistillConfig:
 
 # %% ../nbs/05f_step.ipynb #9e3967bd
 _SCALES = dict( # one row per scale
-    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100),
+    tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,    lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32', checkpoint_every=100, monitor_every=100),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000, lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16'),
 )
 
@@ -88,7 +89,7 @@ DistillConfig.preset = staticmethod(config_for)
 # %% ../nbs/05f_step.ipynb #1b15cfc6
 RULES = dict(model=MODELS, preset=('a', 'b', 'c'), out=text, seed=number(int, 0), steps=number(int, 0), resume=RESUME, nproc=number(int, 0), nnodes=number(int, 1),
     rdzv=text, teacher=text, latents=text, autoencoder=text, n_class=number(int, 0), n_pos=number(int, 0), n_neg=number(int, 0), n_extra_neg=number(int, -1),
-    changes=text, monitor_every=number(int, 0), stop_above=number(float, 0), dry_run=(0, 1))
+    changes=text, monitor_every=number(int, -1), stop_above=number(float, 0), dry_run=(0, 1))
 
 # %% ../nbs/05f_step.ipynb #5cc337ef
 def to_tokens(
@@ -115,15 +116,31 @@ def step_samples(
     config:DistillConfig,
     seed:int, # the run's seed
     step:int, # current step
-)->tuple: # positives [k*n_pos, C, h, w], noises [k*n_neg, C, h, w] and [k*n_extra_neg, C, h, w]
+    noise:bool=True, # also draw the noises
+)->tuple: # positives [k*n_pos, C, h, w]; noises [k*n_neg, C, h, w] and [k*n_extra_neg, C, h, w]
     "Everything random about a step, each class from its own streams"
     pos, z, z_extra = [], [], []
     for label in labels:
         g = stream(seed, 'step', step, label)
         pos.append(store.draw(label, config.n_pos, g))
-        noise = torch.randn(config.n_neg + config.n_extra_neg, *store.latent_shape, generator=g)
-        z.append(noise[:config.n_neg]); z_extra.append(noise[config.n_neg:])
-    return torch.cat(pos), torch.cat(z), torch.cat(z_extra)
+        if noise:
+            both = torch.randn(config.n_neg + config.n_extra_neg, *store.latent_shape, generator=g)
+            z.append(both[:config.n_neg]); z_extra.append(both[config.n_neg:])
+    return (torch.cat(pos), torch.cat(z), torch.cat(z_extra)) if noise else (torch.cat(pos),)
+
+# %% ../nbs/05f_step.ipynb #8695c378
+def device_stream(
+    device, # where the numbers are wanted
+    seed:int, # the run's seed
+    *names, # as for `stream`
+)->torch.Generator: # on that device
+    "`stream`, on any device"
+    g, device = stream(seed, *names), torch.device(device)
+    return g if device.type == 'cpu' else torch.Generator(device).manual_seed(g.initial_seed())
+
+def step_noise(labels, config, shape, seed, step, device): # the noises of `step_samples`, drawn on a GPU
+    noise = [torch.randn(config.n_neg + config.n_extra_neg, *shape, generator=device_stream(device, seed, 'step', step, label), device=device) for label in labels]
+    return torch.cat([n[:config.n_neg] for n in noise]), torch.cat([n[config.n_neg:] for n in noise])
 
 # %% ../nbs/05f_step.ipynb #a8349d05
 def make_student(
@@ -175,7 +192,7 @@ def _gather(x, parts, _groups={}): # this process's samples of a class -> all of
 
 def _pull(gen, pos, extra, labels, config, seed, step):
     "Loss (10) summed over these classes, its gradient at the generated latents, and the field's figures, summed as well"
-    leaf, k, noise = gen.detach().requires_grad_(), len(labels), lambda label: stream(seed, 'perturbation', step, label)
+    leaf, k, noise = gen.detach().requires_grad_(), len(labels), lambda label: device_stream(gen.device, seed, 'perturbation', step, label)
     leaf = leaf if leaf.dtype == torch.float64 else leaf.float()
     tokens = [to_tokens(x.to(leaf.dtype), k) for x in (leaf, pos, extra)]
     if not len(extra): tokens[2] = None
@@ -192,6 +209,20 @@ FIGURES = ('v_norm', 'n_eff_pos', 'n_eff_neg') # of each temperature
 # %% ../nbs/05f_step.ipynb #ae60e484
 def _slices(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
+def _detached(network, z, classes, config): # without gradient; micro-batches bound this too
+    if not len(z): return z
+    labels = [c for c in classes for _ in range(len(z)//len(classes))]
+    with torch.no_grad(): return torch.cat([_generate(network, z[i], labels[i], config) for i in _slices(len(z), config.micro_batch or len(z))])
+
+def own_chunks(
+    labels:list, # the step's classes, of all processes
+    config:DistillConfig,
+)->tuple: # this process's classes in the portions in which they are computed; its part of their samples; number of parts
+    "What this process does of a step"
+    own, part, parts = share_out(labels, launch.rank(), launch.world_size())
+    # classes that share a mean distance go through the field together
+    return [own] if config.drift.scope == 'call' else [own[i] for i in _slices(len(own), config.at_once)], part, parts
+
 def drift_step(
     network:nn.Module, # (x, t, y) -> velocity, the student, wrapped if there are several processes; gradients are added to its parameters
     store, # `latents.LatentStore`
@@ -204,21 +235,22 @@ def drift_step(
 )->tuple: # loss (float) and dict of per-temperature figures of the field, both averaged over the step's classes
     "Loss (10) of one step and its gradient"
     weight = next(network.parameters())
-    own, part, parts = share_out(labels, launch.rank(), launch.world_size())
-    shared = config.drift.scope == 'call' # these classes share a mean distance: one call for all of them
-    chunks = [own] if shared else [own[i.start:i.stop] for i in _slices(len(own), config.at_once)]
+    (chunks, part, parts), shared = own_chunks(labels, config), config.drift.scope == 'call'
     most = -(-len(labels)//launch.world_size()) # classes of the process that has most
     mine = lambda x: x.chunk(parts)[part] if parts > 1 and len(x) else x # this process's part of a class
     scale, total, figures = launch.world_size()/len(labels), 0., 0. # gradients and figures are averaged over processes
     for c, classes in enumerate(chunks):
-        with clock('data'): pos, z, z_extra = (x.to(weight.device, weight.dtype, non_blocking=True) for x in samples(store, classes, config, seed, step))
+        with clock('data'):
+            pos, *noises = samples(store, classes, config, seed, step)
+            noises = noises or step_noise(classes, config, store.latent_shape, seed, step, weight.device)
+            pos, z, z_extra = (x.to(weight.device, weight.dtype, non_blocking=True) for x in (pos, *noises))
         z, k = mine(z), len(classes)
         batch = config.micro_batch or config.at_once*config.n_neg//parts
         # where the field itself communicates, all processes have to communicate in the same order
         whole, last = batch >= (most*config.n_neg//parts if shared else len(z)), c == len(chunks) - 1
         with clock('generate'), launch.accumulate(network, last and whole):
-            with torch.no_grad(): extra = _generate(network, mine(z_extra), classes, config) if len(z_extra) else z_extra
-            with torch.set_grad_enabled(whole): gen = _generate(network, z, classes, config)
+            extra = _detached(network, mine(z_extra), classes, config)
+            gen = _generate(network, z, classes, config) if whole else _detached(network, z, classes, config)
         with clock('communication'): full, extra = _gather(gen.detach(), parts), _gather(extra, parts)
         with clock('field'): loss, pull, found = _pull(full, pos, extra, classes, config, seed, step)
         pull = mine(pull*scale)

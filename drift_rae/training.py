@@ -195,7 +195,8 @@ def train(
     if average is not None and group and sharding == 'fsdp': average = launch.wrap(average, sharding)
     models, state = dict(model=model, **({'average': average} if average is not None else {})), state or {}
     schedule = lr if callable(lr) else lambda step: linear_decay(step, steps, *lr)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=schedule(0), betas=betas, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=schedule(0), betas=betas, weight_decay=weight_decay,
+        fused=next(model.parameters()).is_cuda or None) # on a GPU one kernel instead of copies of everything
     start, rows = _start(checkpoints, resume, models, optimiser, state)
     progress, before, begin = Progress(steps - start, f'{name} from {start}:' if start else name), rows[-1]['seconds'] if rows else 0., time.perf_counter()
     table = Log(log, rows) if log and launch.is_main() else None

@@ -178,7 +178,7 @@ def test_weight_two_is_a_copy_and_weight_zero_is_absence(seed, shape, config):
 def test_perturbation_is_equation_12(which, unit, self_term):
     (gen, pos, neg), tau = data(3, (2, 4, 5, 3, 6)), .3
     V = drift_field(gen, pos, neg, tau=tau, scale='mean', perturbation=which, perturbation_unit=unit, self_term=self_term, generator=stream(0, 'n'))
-    n = _noise_rows(torch.ones(2, dtype=gen.dtype), (1, 4 if which == 'query' else 7, 6), stream(0, 'n'))(2)[:, 0]
+    n = _noise_rows(torch.ones(2, dtype=gen.dtype), (1, 4 if which == 'query' else 7, 6), [stream(0, 'n')])(2)[:, 0]
     clean = torch.cat([gen, neg], 1)
     scale = torch.cat([torch.cdist(gen, clean), torch.cdist(gen, pos)], -1).mean()
     n = n*tau*{'mean': scale, 'coordinate': scale/6**.5, 'raw': 1.}[unit]
@@ -196,7 +196,7 @@ def test_perturbation_follows_the_generator():
 
 def test_noise_is_drawn_in_blocks_of_eight():
     "The numbers that published runs were made with: any change of how they are drawn shows here"
-    take, g = _noise_rows(torch.ones(20), (1, 4, 6), stream(0, 'n')), stream(0, 'n')
+    take, g = _noise_rows(torch.ones(20), (1, 4, 6), [stream(0, 'n')]), stream(0, 'n')
     assert torch.equal(torch.cat([take(3).clone(), take(17)]), torch.cat([laplace_noise(k, 1, 4, 6, generator=g) for k in (8, 8, 4)]))
 
 @pytest.mark.parametrize('draw', ('shared', 'independent'))

@@ -1,8 +1,9 @@
 "What a notebook cell cannot hold of chapter 02d: a Hub that fails, its cache, damaged files, foreign repositories"
-import hashlib, os, subprocess, sys, threading
+import hashlib, os, threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-import pytest, torch
+import huggingface_hub, pytest, torch
 from safetensors.torch import save_file
 from drift_rae import official
 from drift_rae.autoencoder import RAE, RAE_FILES, RAEDecoder, make_encoder
@@ -124,32 +125,32 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     Hub.log, Hub.broken = [], 1
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    def run(code, **env):
-        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path/'home'), 'NO_PROXY': '*', 'no_proxy': '*', 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', **env}
-        done = subprocess.run([sys.executable, '-c', 'from drift_rae.official import fetch_file\nfrom drift_rae.core import ParameterError\n' + code], env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.strip()
-    yield run
+    for k, v in dict(NO_PROXY='*', no_proxy='*', HF_HUB_OFFLINE='0').items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', partial(huggingface_hub.hf_hub_download, endpoint=f'http://127.0.0.1:{server.server_port}'))
+    yield monkeypatch
     server.shutdown(); server.server_close()
 
 def test_download_resumes_and_is_cached(hub):
     digest = hashlib.sha256(Hub.content).hexdigest()
-    path, again, *said = hub(f"""
-import os
-print(fetch_file('someone/model', 'model.pt', sha256='{digest}'))
-os.environ['HF_HUB_OFFLINE'] = '1'
-print(fetch_file('someone/model', 'model.pt', sha256='{digest}'))
-os.environ['HF_HUB_OFFLINE'] = '0'
-for repo, path in (('someone/model', 'other.pt'), ('nobody/model', 'model.pt')):
-    try: fetch_file(repo, path)
-    except ParameterError as e: print(e)""").splitlines()
-    assert Path(path).read_bytes() == Hub.content and again == path
+    try: path = official.fetch_file('someone/model', 'model.pt', sha256=digest) # a new client goes on by itself,
+    except ParameterError: path = official.fetch_file('someone/model', 'model.pt', sha256=digest) # one before 1.0 with the next call
+    assert path.read_bytes() == Hub.content
     assert len(Hub.log) == 2 and Hub.log[0] == 0 and Hub.log[1] > 0, 'the second request asks for the rest only'
-    assert len(said) == 2 and 'the repository does not hold it' in said[0] and 'no such repository' in said[1]
+    one_sentence(lambda: official.fetch_file('someone/model', 'model.pt', sha256='0'*64), 'model.pt is not the file that was expected', digest)
+    one_sentence(lambda: official.fetch_file('someone/model', 'other.pt'), 'the repository does not hold it')
+    one_sentence(lambda: official.fetch_file('nobody/model', 'model.pt'), 'no such repository')
+    hub.setenv('HF_HUB_OFFLINE', '1')
+    assert official.fetch_file('someone/model', 'model.pt', sha256=digest) == path and len(Hub.log) == 2
+
+def test_a_hub_that_cannot_be_reached(hub):
+    hub.setattr('time.sleep', lambda seconds: None) # the client tries several times
+    hub.setattr('huggingface_hub.hf_hub_download', partial(huggingface_hub.hf_hub_download.func, endpoint='http://127.0.0.1:9'))
+    one_sentence(lambda: official.fetch_file('someone/model', 'model.pt'), 'the Hub cannot be reached', 'hf download someone/model model.pt')
 
 # ---- files that are not what they should be ----
 
@@ -227,3 +228,23 @@ def test_the_released_autoencoder_reconstructs_the_cat():
     rae = RAE.from_pretrained('dinov2-b')
     with torch.no_grad(): error = (rae.decode(rae.encode(cat)) - cat).square().mean()
     assert -10*error.log10() > 15
+
+@pytest.mark.parametrize('family', list(official.HUGGING_FACE))
+def test_encoders_against_transformers(family, tmp_path):
+    "The real width and position grid, as transformers writes and runs them; what the official encoder classes add is done here by hand"
+    tf = pytest.importorskip('transformers', reason='transformers is not installed; the package does not need it')
+    depth = 2
+    torch.manual_seed(5)
+    if family == 'dinov2': net = tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(image_size=518, patch_size=14, num_hidden_layers=depth)); tower, norm = net, 'layernorm'
+    if family == 'siglip2': net = tf.SiglipVisionModel(tf.SiglipVisionConfig(image_size=256, num_hidden_layers=depth)); tower, norm = net.vision_model, 'post_layernorm'
+    if family == 'mae': net = tf.ViTMAEForPreTraining(tf.ViTMAEConfig(num_hidden_layers=depth, decoder_num_hidden_layers=1, mask_ratio=0.)); tower, norm = net.vit, 'layernorm'
+    for p in net.parameters(): p.data += .02*torch.randn(p.shape)
+    net.save_pretrained(tmp_path)
+    last = getattr(tower, norm); last.weight = last.bias = None
+    encoder, images = official.load_encoder(family, tmp_path, depth=depth), torch.rand(1, 3, 256, 256)
+    size = encoder.input_size
+    x = torch.nn.functional.interpolate(images, size=(size, size), mode='bicubic', align_corners=False)
+    more = dict(dinov2={}, siglip2=dict(interpolate_pos_encoding=True), mae=dict(noise=torch.arange(256.)[None], interpolate_pos_encoding=True))[family]
+    with torch.no_grad():
+        tokens = tower.eval()((x - encoder.mean)/encoder.std, **more).last_hidden_state[:, dict(dinov2=5, siglip2=0, mae=1)[family]:]
+        torch.testing.assert_close(encoder(images).flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=0)

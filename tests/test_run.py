@@ -54,7 +54,7 @@ def test_another_seed_gives_other_weights(smoke, tmp_path):
 @pytest.mark.parametrize('wrong, sentence', [
     (dict(model='huge'), "model='huge': accepted is one of tiny, s, b, l, xl"),
     (dict(modle='xl'), 'unknown parameter modle'),
-    (dict(model='xl'), 'give -p teacher PATH, -p latents PATH, -p autoencoder PATH'),
+    (dict(model='xl'), 'model=xl: give -p latents PATH'),
     (dict(n_pos=100_000), 'n_pos=100000: the smallest class has'),
 ], ids=lambda x: '-'.join(x) if isinstance(x, dict) else '')
 def test_a_wrong_parameter_ends_the_program(wrong, sentence, tmp_path):

@@ -5,13 +5,14 @@ import pytest, torch
 from drift_rae import launch, training
 from drift_rae.core import ParameterError, write_json
 from drift_rae.distill import distill, load_generator, main, start
+from drift_rae.drifting import DriftConfig
 import small_runs
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': f'{ROOT}:{HERE}', 'OMP_NUM_THREADS': '1'}
 
 # preset and changes; the last two need 2 or 4 processes to divide 2 classes
-CASES = [('c', {}), ('a', {}), ('b', dict(n_class=5)), ('a', dict(n_class=5)), ('c', dict(micro_batch=3, recompute=True)), ('c', dict(n_class=2)), ('a', dict(n_class=2))]
+CASES = [('c', {}), ('a', {}), ('b', dict(n_class=5)), ('a', dict(n_class=5)), ('c', dict(micro_batch=3, recompute=True)), ('c', dict(n_class=2)), ('a', dict(n_class=2)), ('c', dict(drift=DriftConfig.preset('c')))]
 
 @pytest.fixture(scope='module')
 def alone(): return small_runs.several(CASES)
@@ -111,8 +112,9 @@ WRONG = [
     ('--nproc 3', '3 processes for n_class=2'),
     ('--nnodes 0', 'nnodes=0: accepted is a whole number from 1'),
     ('--nnodes 2', 'meet at host:port'),
-    ('--model xl', 'model=xl: give -p teacher PATH, -p latents PATH, -p autoencoder PATH'),
-    ('--model xl --latents {d} --autoencoder {d}', 'model=xl: give -p teacher PATH;'),
+    ('--model xl', 'model=xl: give -p latents PATH;'),
+    ('--model l', 'model=l: give -p teacher PATH, -p latents PATH;'),
+    ('--model b --latents {d} --autoencoder {d}', 'model=b: give -p teacher PATH;'),
     ('--teacher {d}/nothing.pt', 'no file {d}/nothing.pt: expected a teacher'),
     ('--teacher {d}/text.pt', 'text.pt is not a whole PyTorch checkpoint'),
     ('--teacher {d}/other.safetensors', 'the teacher works on (8, 2, 2)'),
