@@ -94,8 +94,9 @@ class Shards:
         table:list, # one dict per file, in order: file, rows, offset, bytes, sha256
         latent_shape:tuple, # (C, h, w)
         dtype:str, # see `DTYPES`
+        mapped:bool=False, # read through memory maps
     ):
-        self.folder, self.table, self.dtype = Path(folder), table, dtype
+        self.folder, self.table, self.dtype, self.mapped = Path(folder), table, dtype, mapped
         self.first = np.concatenate([[0], np.cumsum([t['rows'] for t in table], dtype=np.int64)])
         self.shape = (int(self.first[-1]), *latent_shape)
 
@@ -133,8 +134,11 @@ class Shards:
         for s in np.unique(which):
             shard = self.table[s]
             with self._open(shard) as file:
+                whole = np.memmap(file, kind, 'r', shard['offset'], (shard['rows'], *shape[1:])) if self.mapped else None
                 for k in order[which == s]:
-                    self._fill(file, shard['offset'] + size*int(index[k] - self.first[s]), bytes[k*size:(k+1)*size] if same else bytes)
+                    i = int(index[k] - self.first[s])
+                    if self.mapped: row[k if same else ...] = whole[i]
+                    else: self._fill(file, shard['offset'] + size*i, bytes[k*size:(k+1)*size] if same else bytes)
                     if not same: out[k] = values
         return out
 
@@ -320,11 +324,12 @@ def open_latents(
     images=None, # if given, the `ClassFolder` that they must have been made from
     dtype:torch.dtype=torch.float32, # of what is drawn; None = as it is stored
     verify:bool=None, # compare the shards' checksums; None = if they are small
+    mapped:bool=False, # read through memory maps instead of plain reads
 )->LatentStore: # nothing is read yet
     "Open a latent store; one sentence if anything about it is not as its manifest says"
     manifest = read_manifest(folder)
     _check_origin(manifest, folder, autoencoder, images)
-    shards = Shards(folder, manifest['shards'], tuple(manifest['shape'][1:]), manifest['dtype'])
+    shards = Shards(folder, manifest['shards'], tuple(manifest['shape'][1:]), manifest['dtype'], mapped)
     shards.check(sum(s['bytes'] for s in manifest['shards']) <= 2**26 if verify is None else verify)
     return LatentStore(shards, manifest['counts'], dtype, manifest)
 

@@ -67,7 +67,7 @@ def _generate(self, model)->Tensor: # latents [samples, C, h, w] on the CPU
 def _sheet(self, z, path, classes=10, each=4):
     "Images of the first classes, a row for each noise"
     rows = [torch.nonzero(self.labels == c)[:each, 0] for c in range(min(classes, self.store.num_classes))]
-    rows = torch.stack([r for r in rows if len(r) == each]).T # [each, classes]
+    rows = torch.stack([r[:min(map(len, rows))] for r in rows]).T # [each, classes]; fewer if there are few samples of a class
     with torch.no_grad(): images = [self.decode(z[r].to(self.device)).float().cpu() for r in rows]
     figure = show_images(images, [f'noise {i+1}' for i in range(len(images))], scale=.55)
     with atomic(path) as f: figure.savefig(f, format='png', dpi=100, bbox_inches='tight')

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from .core import ParameterError, Progress, atomic, ema_decay, ema_update, linear_decay, versions, write_json
 from . import launch
+try: import fcntl
+except ImportError: fcntl = None # Windows
 
 # %% ../nbs/01d_training.ipynb #ee95cf7b
 class _Hashed:
@@ -56,6 +58,15 @@ class Checkpoints:
             for kind in ('json', 'pt'): self.file(step, kind).unlink(missing_ok=True)
         whole = {self.file(s) for s in self.steps()}
         for p in [*self.folder.glob('.step_*.tmp'), *(p for p in self.folder.glob('step_*.pt') if p not in whole)]: p.unlink(missing_ok=True)
+
+    def lock(self):
+        "Until this process ends, or the object goes, no other run may use the folder; one sentence (`ParameterError`) if one does"
+        if fcntl is None: return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.locked = open(self.folder/'.lock', 'w')
+        try: fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise ParameterError(f'{self.folder}: another run is writing there; wait for it, or choose another output folder') from None
+        except OSError: pass # a file system without locks
 
 # %% ../nbs/01d_training.ipynb #0b28ddfc
 def _save(self, step:int, # the next step
@@ -114,6 +125,14 @@ class Log:
         if self.names is None: self.names = list(row); csv.writer(self.file).writerow(self.names)
         csv.writer(self.file).writerow([row.get(k, '') for k in self.names])
 
+    @staticmethod
+    def read(path:str|Path, steps:int)->list: # the first `steps` rows, numbers to the last digit; fewer if the file has fewer
+        if not Path(path).is_file(): return []
+        number = lambda x: int(x) if x.lstrip('-').isdigit() else float(x) if x else ''
+        try:
+            with open(path, newline='') as f: return [{k: number(v) for k, v in row.items()} for _, row in zip(range(steps), csv.DictReader(f))]
+        except (ValueError, AttributeError, TypeError): return [] # somebody edited it
+
     def __call__(self, row:dict):
         self._write(row); self.file.flush()
         if self.board:
@@ -128,15 +147,15 @@ class Log:
 def _random_states(): # of this process
     return dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}))
 
-def _collect(models, optimiser, state, rows):
+def _collect(models, optimiser, state, rows, log):
     "Everything that a resumed run needs; all processes take part, the first one gets it whole"
     whole = dict(models={k: launch.full_state(m) for k, m in models.items()}, optimiser=launch.full_optimiser_state(models['model'], optimiser),
-                 state={k: s.state_dict() for k, s in state.items()}, rows=json.dumps(rows))
+                 state={k: s.state_dict() for k, s in state.items()}, rows=json.dumps([] if log else rows))
     states = [None]*launch.world_size()
     if len(states) > 1: torch.distributed.all_gather_object(states, _random_states())
     return dict(whole, random=states if len(states) > 1 else [_random_states()])
 
-def _restore(found, models, optimiser, state):
+def _restore(step, found, models, optimiser, state, log):
     "The inverse of `_collect`; returns the rows"
     for k, m in models.items(): launch.load_full_state(m, found['models'][k])
     launch.load_full_optimiser_state(models['model'], optimiser, found['optimiser'])
@@ -145,19 +164,22 @@ def _restore(found, models, optimiser, state):
         mine = found['random'][launch.rank()]
         torch.set_rng_state(mine['cpu'])
         if 'cuda' in mine and torch.cuda.is_available(): torch.cuda.set_rng_state(mine['cuda'])
-    return json.loads(found['rows'])
+    return Log.read(log, step) if log else json.loads(found['rows'])
 
 # %% ../nbs/01d_training.ipynb #0d663776
-def _start(checkpoints, resume, models, optimiser, state):
+def _start(checkpoints, resume, models, optimiser, state, log):
     "Where to start: step and rows"
     if checkpoints is None: return 0, []
+    if launch.is_main(): checkpoints.lock()
     found = None
     if resume == 'never' and launch.is_main(): checkpoints.remove()
     launch.barrier()
     if resume != 'never': found = checkpoints.load()
     if found is None and resume == 'must': raise ParameterError(f'resume=must, but there is no checkpoint in {checkpoints.folder}')
     if found is None: return 0, []
-    return found[0], _restore(found[1], models, optimiser, state)
+    rows = _restore(*found, models, optimiser, state, log)
+    launch.barrier() # before the first process writes the table anew, the others have read it
+    return found[0], rows
 
 def _used_memory(): # GiB: the device's peak, or this process's
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**30
@@ -197,12 +219,12 @@ def train(
     schedule = lr if callable(lr) else lambda step: linear_decay(step, steps, *lr)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=schedule(0), betas=betas, weight_decay=weight_decay,
         fused=next(model.parameters()).is_cuda or None) # on a GPU one kernel instead of copies of everything
-    start, rows = _start(checkpoints, resume, models, optimiser, state)
+    start, rows = _start(checkpoints, resume, models, optimiser, state, log)
     progress, before, begin = Progress(steps - start, f'{name} from {start}:' if start else name), rows[-1]['seconds'] if rows else 0., time.perf_counter()
     table = Log(log, rows) if log and launch.is_main() else None
 
     def save(done): # all processes collect, the first one writes
-        whole = _collect(models, optimiser, state, rows)
+        whole = _collect(models, optimiser, state, rows, log)
         if launch.is_main(): checkpoints.save(done, whole)
         launch.barrier()
 

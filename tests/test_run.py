@@ -7,7 +7,7 @@ from drift_rae.distill import DistillConfig, OneStepGenerator
 
 ROOT = Path(__file__).parents[1]
 KEYS = {'fd', 'accuracy', 'precision', 'recall', 'seconds', 'config', 'seed', 'versions'}
-SMOKE = dict(steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24)
+SMOKE = dict(monitor_every=0, steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24)
 
 def environment(): return {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
 
@@ -26,13 +26,26 @@ def smoke(tmp_path_factory):
 
 def test_a_few_steps_write_everything(smoke):
     made = smoke/'runs/tiny'
-    assert {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json'} == {p.name for p in made.iterdir()}
+    assert {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json'} == {p.name for p in made.iterdir() if p.name != 'tensorboard'}
     results = json.loads((made/'results.json').read_text())
     assert set(results) == KEYS
     assert set(results['fd']) == {'teacher_50', 'teacher_1', 'student', 'real'}
     assert set(results['accuracy']) == {'teacher_50', 'student'}
     assert set(results['seconds']) == {'distill', 'total'}
     assert len((made/'log.csv').read_text().splitlines()) == 1 + SMOKE['steps']
+
+def test_two_processes_make_the_same_generator(smoke, tmp_path):
+    done = papermill('06_distill', tmp_path, **SMOKE, nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (OneStepGenerator.from_pretrained(f/'runs/tiny').model.state_dict() for f in (smoke, tmp_path))
+    for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=0)
+    said = (tmp_path/'out.ipynb').read_text()
+    assert 'step 6/6' in said # what the first process prints is in the notebook
+
+def test_a_dry_run_ends_before_the_first_step(tmp_path):
+    assert papermill('06_distill', tmp_path, **SMOKE, dry_run=1).returncode == 0
+    assert 'dry run: 6 steps' in (tmp_path/'out.ipynb').read_text()
+    assert not list((tmp_path/'runs/tiny').glob('*.*'))
 
 def tagged(notebook): return next(''.join(c['source']) for c in json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
 
