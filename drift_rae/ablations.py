@@ -146,7 +146,7 @@ class Bench:
         if not more: return dict(fd=frechet_distance(features, self.statistics))
         return evaluate_features(features, self.statistics, balls=self.balls, labels=labels, predicted=self.judge.head(pooled).argmax(1))
 
-# %% ../nbs/08_ablations.ipynb #02071f5a
+# %% ../nbs/08_ablations.ipynb #15e5e0be
 def _curve(bench, every, seed):
     "A callback for `distill` that measures the average every so many steps, the list it fills, and the processor seconds that it has taken"
     points, spent = [], [0.]
@@ -174,7 +174,7 @@ def run_row(
     figures = bench.evaluate(lambda z, y: one_step(model, z, y), evaluation['per_class'], evaluation['noise_seed'] + seed)
     last = log[-max(1, len(log)//10):]
     return dict(table=row.table, row=row.name, hash=recipe_hash(config, row.teacher, evaluation), seed=seed, noise_seed=evaluation['noise_seed'] + seed, figures=figures,
-        end={k: float(np.mean([r[k] for r in last])) for k in last[0] if k not in ('step', 'lr', 'seconds', 'loss', 'memory_gib')}, curve=curve,
+        end={k: float(np.mean([r[k] for r in last])) for k in last[0] if k.startswith(('gradient_norm', 'v_norm', 'n_eff'))}, curve=curve,
         seconds=dict(seconds, evaluation=time.process_time() - begin), recipe=recipe(config, row.teacher, evaluation), versions=versions())
 
 # %% ../nbs/08_ablations.ipynb #39a1eada
