@@ -164,6 +164,11 @@ def distill(
     return average, rows
 
 # %% ../nbs/06_distill.ipynb #e6e0c987
+def _tf32(): # for what autocast leaves in float32; the field itself insists on full float32
+    m = torch.backends.cuda.matmul
+    if hasattr(m, 'fp32_precision'): m.fp32_precision = 'tf32'
+    else: m.allow_tf32 = True # before torch 2.9
+
 def run(
     config:DistillConfig,
     out:str, # output folder
@@ -175,6 +180,7 @@ def run(
 )->list: # the log: one dict per step
     "One process of a distillation, writing checkpoints, log.csv and generator.safetensors into `out`"
     limit_threads(parts.get('model', 'tiny'))
+    if torch.cuda.is_available(): _tf32()
     store, rae, teacher = load_parts(**parts) # the teacher stays on the CPU: a GPU's memory is for the student
     rae = rae.to(launch.device())
     monitor = Monitor(store, rae.decode, out, config.monitor_every, stop_above=stop_above) if config.monitor_every else None
