@@ -1,0 +1,108 @@
+"The tables: cached results and their recipes, what counts as missing, the statistics, and the commands for ImageNet"
+import json, math, os, shlex, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+from hypothesis import given, settings, strategies as st
+from drift_rae.ablations import CHECK, ROWS, Claim, holm, main, missing, recipe, recipe_hash, result_path, stored, verdicts
+from drift_rae.commands import command, commands, meant, parse
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT/'nbs'/'results'/'ablations'
+
+def a_result(row, seed, fd):
+    return dict(table=row.table, row=row.name, hash=recipe_hash(row.config(), row.teacher), seed=seed, recipe=recipe(row.config(), row.teacher), figures=dict(fd=fd))
+
+def put(folder, row, seed, **changes):
+    path = result_path(row, seed, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**a_result(row, seed, 1.), **changes}))
+    return path
+
+B = next(r for r in ROWS if (r.table, r.name) == ('3 short', 'B'))
+
+def test_stored_results_are_what_their_names_say():
+    files = sorted(RESULTS.glob('*/*.json'))
+    assert files
+    for path in files:
+        d = json.loads(path.read_text())
+        assert path.stem.endswith(f"_{d['hash']}_{d['seed']}") and d.get('noise_seed', 0) in (0, d['recipe']['evaluation']['noise_seed'] + d['seed'])
+        assert d['seconds']['cpu'] >= 0 and d['versions']['torch'] and math.isfinite(d['figures']['fd'])
+        assert path.stat().st_size < 20_000
+
+def test_a_result_is_used_by_all_tables_that_have_its_row(tmp_path):
+    put(tmp_path, B, 0)
+    todo = {(r.table, r.name) for r, seed in missing(('3 short', '5 short', '7'), 1, tmp_path)}
+    assert not todo & {('3 short', 'B'), ('5', 'both'), ('7', '64, 64+0')} and ('3 short', 'C') in todo
+    assert len(missing(('3 short',), 2, tmp_path)) == 5
+
+def test_each_recipe_is_missing_once_and_with_its_curve(tmp_path):
+    todo = missing((), 1, tmp_path)
+    names = [recipe_hash(r.config(), r.teacher) for r, _ in todo]
+    assert len(names) == len(set(names)) == len({recipe_hash(r.config(), r.teacher) for r in ROWS})
+    assert all(r.curve for r, _ in todo if not r.teacher and r.config() == B.config())
+
+def test_another_recipe_and_damaged_files_are_left_out(tmp_path):
+    good, other = put(tmp_path, B, 0), put(tmp_path, B, 1, recipe=dict(recipe(B.config()), steps=1))
+    moved, broken = good.with_name('b_00000000_0.json'), good.with_name('b_half_2.json')
+    moved.write_text(good.read_text()); broken.write_text(good.read_text()[:50])
+    use, left = stored(tmp_path)
+    assert list(use) == [(recipe_hash(B.config()), 0)] and set(left) == {other, moved, broken}
+
+def test_unknown_tables_are_refused(capsys):
+    with pytest.raises(SystemExit): main(['--tables', '33'])
+    assert "tables='33': accepted are 3, 5" in capsys.readouterr().err
+
+def test_the_command_line_has_nothing_to_do_where_everything_is_there(tmp_path, capsys):
+    for name in ('A', 'B', 'C'): put(tmp_path, next(r for r in ROWS if (r.table, r.name) == ('3', name)), 0)
+    main(['--tables', '3', '--seeds', '1', '--folder', str(tmp_path)])
+    assert capsys.readouterr().out == ''
+
+def test_the_check_is_stored(): assert result_path(CHECK[0], 0, RESULTS, CHECK[1]).is_file()
+
+p_values = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+@given(p_values)
+def test_holm(p):
+    adjusted = holm(p)
+    assert (adjusted >= p).all() and (adjusted <= np.minimum(1, len(p)*np.array(p))).all()
+    assert (np.diff(adjusted[np.argsort(p)]) >= 0).all()
+    for level in (.01, .05): # the step-down procedure as it is defined
+        order, rejected = np.argsort(p), set()
+        for k, i in enumerate(order):
+            if p[i] > level/(len(p) - k): break
+            rejected.add(i)
+        assert rejected >= {i for i in range(len(p)) if adjusted[i] < level}
+
+@settings(max_examples=50)
+@given(st.floats(-.3, .3), st.integers(0, 1000), st.sampled_from(['better', 'worse', 'equal']))
+def test_a_verdict_has_the_sign_of_what_was_measured(shift, seed, says):
+    d = shift + .005*np.random.default_rng(seed).standard_normal(5)
+    verdict, = verdicts([Claim('x', says, 'y')], [d])
+    if says == 'equal': assert verdict != 'reproduced' or abs(d.mean()) < math.log(1.02)
+    else: assert verdict != 'reproduced' or (d.mean() if says == 'worse' else -d.mean()) >= math.log(1.02)
+    opposite = dict(better='worse', worse='better').get(says)
+    if opposite: assert verdicts([Claim('x', opposite, 'y')], [-d]) == [verdict]
+
+def test_more_claims_make_a_verdict_harder():
+    d = .03 + .02*np.array([-1, 0, 1, .5, -.5])
+    claim = Claim('x', 'worse', 'y')
+    assert verdicts([claim], [d]) == ['reproduced']
+    assert verdicts([claim]*12, [d]*12) == ['undecided at this scale']*12
+
+def test_every_command_means_its_row():
+    found = commands()
+    assert {c.table for c in found} == {'3', '4', '5', '5 original', '6', '7'}
+    assert all(meant(parse(c.text)[1]) == c.config for c in found)
+    assert len({c.text.split('-p out ')[1] for c in found}) == len(found)
+
+def test_papermill_runs_a_command_dry(tmp_path):
+    "one command as it is printed, the miniature in place of ImageNet"
+    row = next(r for r in ROWS if (r.table, r.name) == ('5', 'neither'))
+    text = command(row).text.replace('-p model xl', '-p model tiny').split(' -p nproc')[0]
+    words = shlex.split(text.replace('nbs/06_distill.ipynb', str(ROOT/'nbs/06_distill.ipynb')))
+    environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-m', *words, '-p', 'dry_run', '1', '--no-progress-bar'], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = (tmp_path/words[2]).read_text()
+    assert 'dry run: 600 steps of 4 classes x (32 + 0) generated and 32 real samples are ready to start' in made
+    assert "y_softmax=True" in made and "perturbation='off'" in made
