@@ -128,7 +128,7 @@ class Log:
     @staticmethod
     def read(path:str|Path, steps:int)->list: # the first `steps` rows, numbers to the last digit; fewer if the file has fewer
         if not Path(path).is_file(): return []
-        number = lambda x: int(x) if x.lstrip('-').isdigit() else float(x) if x else ''
+        number = lambda x: int(x) if x.lstrip('-').isdigit() else float(x) if x else None
         try:
             with open(path, newline='') as f: return [{k: number(v) for k, v in row.items()} for _, row in zip(range(steps), csv.DictReader(f))]
         except (ValueError, AttributeError, TypeError): return [] # somebody edited it
