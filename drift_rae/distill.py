@@ -201,7 +201,7 @@ def start(model:str='tiny', preset:str='c', out:str='', seed:int=0, steps:int=0,
     config, parts = resolve(model, preset, steps, n_class, n_pos, n_neg, n_extra_neg, changes, monitor_every), dict(model=model, teacher=teacher, latents=latents, autoencoder=autoencoder)
     out = writable(out or f'runs/{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')): raise ParameterError(f'resume=must: there is no checkpoint in {out}')
-    check_world(config, launch.world_size() if launch.world_size() > 1 else (nproc or max(1, torch.cuda.device_count()))*nnodes)
+    check_world(config, launch._environment() or (nproc or max(1, torch.cuda.device_count()))*nnodes) # torchrun and Slurm have decided already
     if dry_run: return dry(config, seed, parts)
     return launch.launch(run, config, str(out), seed=seed, resume=resume, stop_above=stop_above,
         about=dict(model=model, preset=preset), **parts, nproc=nproc, nnodes=nnodes, rdzv=rdzv)
