@@ -133,7 +133,8 @@ def class_smmd(
     rho = norms.sqrt().mean()
     within = sum((-block.sqrt()/width).exp().sum() for _, block in _square_distances(x))/n**2
     poles = (1 + (-2*rho/width).exp() + (2*d - 2)*(-math.sqrt(2)*rho/width).exp())/(2*d)
-    def to_poles(part, sign): return (-(norms[:, None] + rho**2 + sign*2*rho*part).clamp(min=0).sqrt()/width).exp().sum()
+    def to_poles(part, sign): # exactly 0 where a sample is a pole
+        return (-((norms[:, None] - part.square()).clamp(min=0) + (part + sign*rho).square()).sqrt()/width).exp().sum()
     between = sum(to_poles(part, 1) + to_poles(part, -1) for part in _pieces(x))/(2*d*n)
     return within + poles - 2*between
 

@@ -117,9 +117,9 @@ class Log:
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: pass
         else: self.board = SummaryWriter(self.path.parent/'tensorboard', purge_step=len(rows) or None)
-        self.file = open(self.path, 'w', newline='')
-        for row in rows: self._write(row)
-        self.file.flush()
+        with atomic(self.path) as f, open(f, 'w', newline='') as self.file: # a kill now must not cost the rows before
+            for row in rows: self._write(row)
+        self.file = open(self.path, 'a', newline='')
 
     def _write(self, row):
         if self.names is None: self.names = list(row); csv.writer(self.file).writerow(self.names)
