@@ -95,7 +95,7 @@ def train_mae(
 # %% ../nbs/09_from_scratch.ipynb #9cee3bf8
 ROWS = {'VAE': ('VAE', 'plain', 220.55), 'RAE': ('RAE', 'plain', 100.31), 'RAE, decode-encode': ('RAE', 'through', 7.04),
     'VAE, decode, RAE encode': ('VAE', 'through', None), 'VAE, auxiliary features': ('VAE', 'mae', None), 'RAE, auxiliary features': ('RAE', 'mae', None)} # space, map, the paper's FID
-SCRATCH = 'n_class=2 n_pos=32 n_neg=32 n_extra_neg=0 steps=600 lr=(1e-3,1e-5)'
+SCRATCH = 'n_class=2 n_pos=32 n_neg=32 n_extra_neg=0 steps=2000 lr=(5e-3,5e-5)'
 
 def maps(
     kind:str, # 'plain', 'through' (images, then the RAE's encoder) or 'mae'
@@ -149,7 +149,7 @@ def scratch_result(
 )->dict: # figures, curve, gradient norms, seconds
     "Train one row and judge it"
     space, begin = spaces[ROWS[name][0]], time.process_time()
-    with redirect_stdout(io.StringIO()): model, curve, log = from_scratch(name, space, spaces['RAE'].rae, seed=seed, every=50)
+    with redirect_stdout(io.StringIO()): model, curve, log = from_scratch(name, space, spaces['RAE'].rae, seed=seed, every=200)
     seconds = time.process_time() - begin
     norms = [r['gradient_norm'] for r in log]
     return dict(figures=space.evaluate(lambda z, y: one_step(model, z, y), EVALUATION['per_class'], EVALUATION['noise_seed'] + seed), curve=curve,
