@@ -21,7 +21,7 @@ from .generator import OneStepGenerator, load_generator, save_generator
 from .images import hash_weights
 from .latents import latent_store, prefetch
 from .monitor import Monitor
-from .step import RULES, DistillConfig, check_world, config_for, drift_step, make_student, own_chunks, step_labels, step_samples
+from .step import RULES, DistillConfig, check_world, config_for, drift_step, fresh_model, make_student, maps_of, own_chunks, step_labels, step_samples
 from .train_flow import describe_store
 from .training import Checkpoints, train
 from . import launch
@@ -73,10 +73,11 @@ RELEASED = dict( # what is used unless something else is given; names of 02d_off
 
 def load_parts(
     model:str='tiny', # 'tiny', 's', 'b', 'l' or 'xl'
-    teacher:str='', # the teacher's checkpoint or name; empty: see `RELEASED`
+    teacher:str='', # the teacher's checkpoint or name; 'fresh': a model before any training; empty: see `RELEASED`
     latents:str='', # folder of the latent store; empty: the digits, for tiny
     autoencoder:str='', # the autoencoder's folder or name; empty: see `RELEASED`
     device='cpu', # for the teacher and the autoencoder
+    seed:int=0, # of a fresh model's weights
 )->tuple: # latent store, autoencoder, teacher
     "The three ingredients; one sentence (`ParameterError`) for what is missing or does not fit together"
     given, released = dict(teacher=teacher, latents=latents, autoencoder=autoencoder), RELEASED.get(model, {})
@@ -84,9 +85,10 @@ def load_parts(
     if need: raise ParameterError(f"model={model}: give {', '.join(f'-p {k} PATH' for k in need)}; the notebook's parameters cell says what each is")
     teacher, autoencoder = teacher or released['teacher'], autoencoder or released['autoencoder']
     rae = RAE.from_pretrained(autoencoder)
+    if not latents and getattr(rae, 'encoder', rae) is None: raise ParameterError('autoencoder: it has no encoder, so give the latents: -p latents PATH')
     store = latent_store(model, latents, rae, dtype=None) # as stored: 16 bits are half the reading; refused if another encoder made them
     rae = rae.to(device)
-    flow_teacher = load_teacher(teacher, model, device)
+    flow_teacher = fresh_model(model, store, seed).to(device) if teacher == 'fresh' else load_teacher(teacher, model, device)
     wanted = (flow_teacher.in_channels, flow_teacher.input_size, flow_teacher.input_size)
     for name, shape in dict(latents=store.latent_shape, autoencoder=rae.latent_shape).items():
         if tuple(shape) != wanted: raise ParameterError(f'{name}: the shape is {tuple(shape)}, the teacher works on {wanted}')
@@ -101,9 +103,10 @@ def check_store(config:DistillConfig, store):
     check_world(config, launch.world_size())
 
 # %% ../nbs/06_distill.ipynb #bdd7f554
-def _identity(config, seed, teacher, store):
+def _identity(config, seed, teacher, store, autoencoder):
     "What a checkpoint belongs to"
-    return dict(config=config.recipe(), seed=seed, teacher=hash_weights(teacher.state_dict()), latents=describe_store(store))
+    behind = dict(autoencoder=hash_weights(autoencoder.state_dict())) if config.decode_encode else {} # the gradient goes through it
+    return dict(config=config.recipe(), seed=seed, teacher=hash_weights(teacher.state_dict()), latents=describe_store(store), **behind)
 
 def _flat(figures, temperatures): # {'v_norm': [..]} -> {'v_norm_0.02': ..}: one column per temperature
     return {f'{k}_{t:g}': x for k, v in figures.items() for t, x in zip(temperatures, v)}
@@ -135,17 +138,21 @@ def distill(
     resume:str='auto', # 'auto': continue from a checkpoint if there is one; 'never': start over; 'must'
     device=None, # where to train; None: where the teacher is
     callback=None, # called as callback(step, row, average) after each step, on every process; if it returns a sentence, the run stops with it
+    autoencoder=None, # on that device; needed if the configuration says `decode_encode`
+    maps:tuple=None, # other maps for `drift_step` than the configuration's; only without a folder, because a checkpoint has no name for them
 )->tuple: # the averaged student, the log: one dict per step
     "Drift-RAE: distil a flow model into a one-step generator by the drifting field"
     check_store(config, store)
+    if maps and (folder or config.decode_encode): raise ParameterError('maps: accepted without a folder for checkpoints, and without decode_encode=True, which is a map itself')
+    maps = maps or maps_of(config, autoencoder)
     device = torch.device(device or next(teacher.parameters()).device)
     student, average = make_student(teacher).to(device), copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
     student.checkpointing, taus = config.recompute, config.drift.temperatures
     if config.compiled: student.compile()
-    checkpoints = folder and Checkpoints(Path(folder)/'checkpoints', _identity(config, seed, teacher, store), config.checkpoint_every, config.keep)
+    checkpoints = folder and Checkpoints(Path(folder)/'checkpoints', _identity(config, seed, teacher, store, autoencoder), config.checkpoint_every, config.keep)
     ahead, images, last = Ahead(noise=device.type == 'cpu'), config.n_class*(config.n_neg + config.n_extra_neg), time.perf_counter()
     def step_fn(step, network):
-        loss, figures = drift_step(network, store, step_labels(store.num_classes, config.n_class, seed, step), config, seed, step, samples=ahead)
+        loss, figures = drift_step(network, store, step_labels(store.num_classes, config.n_class, seed, step), config, seed, step, samples=ahead, maps=maps)
         nonlocal last
         spent, last = time.perf_counter() - last, time.perf_counter()
         return dict(loss=loss, **_flat(figures, taus), images_per_second=images/spent)
@@ -174,10 +181,11 @@ def run(
     "One process of a distillation, writing checkpoints, log.csv and generator.safetensors into `out`"
     limit_threads(parts.get('model', 'tiny'))
     if torch.cuda.is_available(): _tf32()
-    store, rae, teacher = load_parts(**parts) # the teacher stays on the CPU: a GPU's memory is for the student
+    store, rae, teacher = load_parts(**parts, seed=seed) # the teacher stays on the CPU: a GPU's memory is for the student
     rae = rae.to(launch.device())
+    maps_of(config, rae) # or one sentence, before any work
     monitor = Monitor(store, rae.decode, out, config.monitor_every, stop_above=stop_above) if config.monitor_every else None
-    average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume, device=launch.device(), callback=monitor)
+    average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume, device=launch.device(), callback=monitor, autoencoder=rae)
     whole = launch.full_state(average)
     if launch.is_main():
         teacher.load_state_dict(whole) # it has the architecture, and is no longer needed
@@ -197,7 +205,7 @@ def start(model:str='tiny', preset:str='c', out:str='', seed:int=0, steps:int=0,
     check_world(config, launch._environment() or (nproc or max(1, torch.cuda.device_count()))*nnodes) # torchrun and Slurm have decided already
     if dry_run: return dry(config, seed, parts)
     return launch.launch(run, config, str(out), seed=seed, resume=resume, stop_above=stop_above,
-        about=dict(model=model, preset=preset), **parts, nproc=nproc, nnodes=nnodes, rdzv=rdzv)
+        about=dict(model=model, preset=preset, **({'teacher': 'fresh'} if teacher == 'fresh' else {})), **parts, nproc=nproc, nnodes=nnodes, rdzv=rdzv)
 
 def writable(folder)->Path:
     "The folder, made if need be; one sentence (`ParameterError`) if nothing can be written there"
@@ -209,10 +217,14 @@ def writable(folder)->Path:
 
 def dry(config, seed, parts)->list: # no steps
     "Everything up to the first step, in this process"
-    store, rae, teacher = load_parts(**parts)
+    store, rae, teacher = load_parts(**parts, seed=seed)
     check_store(config, store)
-    step_samples(store, step_labels(store.num_classes, config.n_class, seed, 0)[:1], config, seed, 0)
+    (through, _), (pos, *_) = maps_of(config, rae), step_samples(store, step_labels(store.num_classes, config.n_class, seed, 0)[:1], config, seed, 0)
     print(f'dry run: {config.steps} steps of {config.n_class} classes x ({config.n_neg} + {config.n_extra_neg}) generated and {config.n_pos} real samples are ready to start')
+    if through:
+        x = pos[:1].float().requires_grad_()
+        (y := through(x)).square().sum().backward()
+        print(f'one latent {list(x.shape)} decoded and encoded again: {list(y.shape)}, with a gradient of norm {x.grad.norm():.3g}')
     return []
 
 # %% ../nbs/06_distill.ipynb #c0af3fcf

@@ -13,18 +13,21 @@ from .autoencoder import RAE, RAEDecoder
 from .core import ParameterError, image_noise, load_weights, save_weights, weights_path, write_json
 from .flow import DiTDH, one_step
 from .official import fetch_file, is_repository
+from .sdvae import PatchedSDVAE, sd_network
 
 # %% ../nbs/05d_generator.ipynb #4f3edbf5
 class OneStepGenerator(nn.Module):
     "From labels to images in one step: noise, G(z) = z - v(z, 1) (8), decoder"
     def __init__(self,
         model:nn.Module, # the distilled flow model
-        autoencoder:RAE, # its `decode` is used
+        autoencoder:nn.Module, # `RAE` or `sdvae.PatchedSDVAE`; its `decode` is used
         about:dict=None, # provenance, JSON-serialisable
     ):
         super().__init__()
         self.model, self.about = model.eval().requires_grad_(False), about or {}
-        self.autoencoder = RAE(None, autoencoder.decoder, autoencoder.latent_mean, autoencoder.latent_var, autoencoder.eps).eval().requires_grad_(False)
+        if not isinstance(autoencoder, (RAE, PatchedSDVAE)): raise ParameterError(f'a generator holds an RAE or SD-VAE in patches, not a {type(autoencoder).__name__}')
+        if isinstance(autoencoder, RAE): autoencoder = RAE(None, autoencoder.decoder, autoencoder.latent_mean, autoencoder.latent_var, autoencoder.eps) # no encoder
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def latents(self,
@@ -54,15 +57,32 @@ class OneStepGenerator(nn.Module):
         return torch.cat([self.autoencoder.decode(z) for z in self.latents(labels, seed, batch).split(batch)])
 
 # %% ../nbs/05d_generator.ipynb #2e05c91a
+def _kept(a):
+    "Tensors and configuration of what decodes"
+    if isinstance(a, PatchedSDVAE):
+        network = {k: v for k, v in dict(a.network.config).items() if not k.startswith('_')}
+        return {f'network.{k}': v for k, v in a.network.state_dict().items()}, dict(sdvae=dict(network=network, sample=a.sample, scale=a.scale, image_size=a.image_size))
+    stats = {k: v for k, v in (('latent_mean', a.latent_mean), ('latent_var', a.latent_var)) if v is not None}
+    return {**{f'decoder.{k}': v for k, v in a.decoder.state_dict().items()}, **stats}, dict(decoder=a.decoder.config, eps=a.eps)
+
+def _found(config, tensors, part):
+    "The inverse of `_kept`"
+    if 'sdvae' in config:
+        about = config['sdvae']
+        a = PatchedSDVAE(sd_network(about['network']), about['sample'], about['scale'], about['image_size'])
+        a.network.load_state_dict(part('network.'))
+        return a
+    decoder = RAEDecoder(config['decoder'])
+    decoder.load_state_dict(part('decoder.'))
+    return RAE(None, decoder, tensors.get('latent_mean'), tensors.get('latent_var'), config['eps'])
+
 def save_generator(
     generator:OneStepGenerator,
     folder:str|Path, # receives generator.safetensors and generator.json
 ):
     "Write weights (safetensors) and configuration (JSON)"
-    m, a = generator.model, generator.autoencoder
-    stats = {k: v for k, v in (('latent_mean', a.latent_mean), ('latent_var', a.latent_var)) if v is not None}
-    tensors = {**{f'model.{k}': v for k, v in m.state_dict().items()}, **{f'decoder.{k}': v for k, v in a.decoder.state_dict().items()}, **stats}
-    config = dict(model=m.config, decoder=a.decoder.config, eps=a.eps, about=generator.about)
+    m, (tensors, about) = generator.model, _kept(generator.autoencoder)
+    tensors, config = {**{f'model.{k}': v for k, v in m.state_dict().items()}, **tensors}, dict(model=m.config, **about, about=generator.about)
     save_weights(Path(folder)/'generator.safetensors', tensors, config)
     write_json(Path(folder)/'generator.json', config)
 
@@ -75,9 +95,9 @@ def load_generator(
     tensors, config = load_weights(weights_path('tiny/generator', '' if str(name_or_path) == 'tiny' else name_or_path))
     part = lambda name: {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
     try:
-        model, decoder = DiTDH(**config['model']), RAEDecoder(config['decoder'])
-        model.load_state_dict(part('model.')); decoder.load_state_dict(part('decoder.'))
+        model, autoencoder = DiTDH(**config['model']), _found(config, tensors, part)
+        model.load_state_dict(part('model.'))
     except (KeyError, RuntimeError, TypeError, ValueError) as e: raise ParameterError(f'generator.safetensors of {str(name_or_path)!r} does not fit its configuration: {e}') from e
-    return OneStepGenerator(model, RAE(None, decoder, tensors.get('latent_mean'), tensors.get('latent_var'), config['eps']), config['about'])
+    return OneStepGenerator(model, autoencoder, config['about'])
 
 OneStepGenerator.save_pretrained, OneStepGenerator.from_pretrained = save_generator, staticmethod(load_generator)

@@ -235,5 +235,5 @@ def make_images(
     def generate(z, y):
         z, y = z.to(device), y.to(device)
         return decoder.decode(sample(net, z, y, steps=steps, guidance=guidance) if steps > 1 else one_step(net, z, y)).float()
-    name = dict(network='teacher' if steps else 'student', weights=hash_weights(net.state_dict()), decoder=hash_weights(decoder.decoder.state_dict()), nfe=max(1, steps-1), guidance=guidance)
+    name = dict(network='teacher' if steps else 'student', weights=hash_weights(net.state_dict()), decoder=hash_weights(getattr(decoder, 'decoder', decoder).state_dict()), nfe=max(1, steps-1), guidance=guidance)
     return GeneratedImages(generate, decoder.latent_shape, net.num_classes, per_class, seed, quantise, block, name)

@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'LatentStore', 'sort_by_class', 'to_file', 'from_file', 'Sh
            'prefetch', 'latent_store']
 
 # %% ../nbs/02c_latents.ipynb #1e50e158
-import hashlib, json, math, os, shutil, uuid, warnings
+import hashlib, inspect, json, math, os, shutil, uuid, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .autoencoder import RAE
-from .core import ParameterError, atomic, versions, write_json
+from .core import ParameterError, atomic, stream, versions, write_json
 from .data import training_digits
 from .images import hash_weights
 
@@ -368,5 +368,6 @@ def latent_store(
     if model != 'tiny': raise ParameterError(f"model={model!r} needs the latents of ImageNet: give latents=FOLDER, written by nbs/02e_imagenet.ipynb")
     images, labels = training_digits()
     autoencoder = autoencoder or RAE.from_pretrained('tiny')
-    with torch.no_grad(): latents = torch.cat([autoencoder.encode(x) for x in images.split(1024)])
+    drawn = dict(generator=stream(0, 'latents')) if 'generator' in inspect.signature(autoencoder.encode).parameters else {} # a VAE's, the same in all processes
+    with torch.no_grad(): latents = torch.cat([autoencoder.encode(x, **drawn) for x in images.split(1024)])
     return sort_by_class(latents, labels, 10)

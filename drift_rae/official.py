@@ -316,7 +316,7 @@ def _save_pt(path, what):
 
 # %% ../nbs/02d_official.ipynb #ccd8b3f2
 def open_rae(
-    name_or_path:str|Path, # a row of `OFFICIAL_RAES`, the collection, a folder in its layout, or a repository with our own files
+    name_or_path:str|Path, # a row of `OFFICIAL_RAES`, the collection, a folder in its layout, a repository with our own files, or a folder or repository with SD-VAE's
     revision:str=None, # of a repository
     name:str='dinov2-b', # which RAE of the collection or folder
     **options, # `encoder` and `decoder` of `load_official`
@@ -326,14 +326,21 @@ def open_rae(
     if what in OFFICIAL_RAES: return load_official(what, COLLECTION, revision, **options)
     if what == COLLECTION: return load_official(name, COLLECTION, revision, **options)
     if Path(what).is_dir():
+        if any(Path(what).glob('diffusion_pytorch_model.*')): return _sdvae(what)
         row = _row(OFFICIAL_RAES, name)
         if (Path(what)/row['decoder']).is_file(): return load_official(name, what, **options)
         gone = [f for f in RAE_FILES[1:] if not (Path(what)/f).is_file()]
         raise ParameterError(f"autoencoder {what!r}: the folder lacks {', '.join(gone)} (files of this package), and also {row['decoder']} (the official layout)")
     if not is_repository(what): raise ParameterError(f"autoencoder {what!r}: accepted is tiny, one of {', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with encoder, decoder and stats (.safetensors)")
+    about = (hub_folder(what, ('config.json',), revision)/'config.json').read_text()
+    if 'AutoencoderKL' in about: return _sdvae(what, revision)
     folder = hub_folder(what, ('config.json', *RAE_FILES[1:]), revision)
-    if '"encoder"' in (folder/'config.json').read_text(): hub_folder(what, RAE_FILES[:1], folder.name)
+    if '"encoder"' in about: hub_folder(what, RAE_FILES[:1], folder.name)
     return load_rae(folder)
+
+def _sdvae(what, revision=None):
+    from drift_rae.sdvae import open_sdvae # a later chapter, which uses this one
+    return open_sdvae(what, revision)
 
 def official_teacher(
     name:str|Path='ditdh-xl', # a row of `OFFICIAL_TEACHERS`, the collection, or a folder in its layout

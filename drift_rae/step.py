@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'FIGURES', 'DistillConfig', 'config_for', 'to_tokens', 'step_labels', 'step_samples',
-           'device_stream', 'step_noise', 'make_student', 'check_world', 'share_out', 'own_chunks', 'drift_step']
+           'device_stream', 'step_noise', 'make_student', 'fresh_model', 'check_world', 'share_out', 'through_images',
+           'maps_of', 'own_chunks', 'drift_step']
 
 # %% ../nbs/05f_step.ipynb #3a162c1f
-import copy, json
+import copy, inspect, json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from .core import MODELS, RESUME, ParameterError, number, stream, text
 from .drifting import DriftConfig, drift_loss
-from .flow import DiTDH, one_step
+from .flow import DiTDH, one_step, preset
 from . import launch
 
 # %% ../nbs/05f_step.ipynb #84a45fb7
@@ -27,7 +29,7 @@ def _check_config(c):
         v = getattr(c, name)
         if not isinstance(v, int) or isinstance(v, bool) or v < low: raise ParameterError(f'{name}={v!r}: accepted is a whole number from {low}')
     if c.n_neg + c.n_extra_neg < 2: raise ParameterError('n_neg + n_extra_neg = 1: a generated sample needs another one to be repelled by')
-    for name, accepted in dict(precision=('float32', 'bfloat16'), sharding=('ddp', 'fsdp'), recompute=(False, True), compiled=(False, True)).items():
+    for name, accepted in dict(precision=('float32', 'bfloat16'), sharding=('ddp', 'fsdp'), recompute=(False, True), compiled=(False, True), decode_encode=(False, True)).items():
         if getattr(c, name) not in accepted: raise ParameterError(f"{name}={getattr(c, name)!r}: accepted is {' or '.join(map(str, accepted))}")
     for name in ('lr', 'betas', 'ema'):
         v = getattr(c, name)
@@ -51,7 +53,8 @@ class DistillConfig:
     betas:tuple=(.9, .95) # AdamW; its weight decay is 0
     clip:float=1. # largest gradient norm
     ema:tuple=(.9995, 1000) # decay of the moving average, and its warm-up in steps
-    precision:str='bfloat16' # of the generator's forward pass ('float32' or 'bfloat16'); weights and field are float32
+    precision:str='bfloat16' # of the generator's forward pass, and of the autoencoder's behind it ('float32' or 'bfloat16'); weights and field are float32
+    decode_encode:bool=False # Table 9: generated latents are decoded and encoded again before the field sees them
     # from here on: how it is computed, which changes time and memory but not the result (beyond rounding)
     at_once:int=1 # classes that are computed together; more is faster and needs more memory
     micro_batch:int=0 # samples in the network at the same time; 0: those of `at_once` classes
@@ -64,7 +67,7 @@ class DistillConfig:
 
     def __post_init__(self): _check_config(self)
     def to_dict(self): return json.loads(json.dumps({**asdict(self), 'drift': self.drift.to_dict()}))
-    def recipe(self): return {k: v for k, v in self.to_dict().items() if k in RECIPE} # what the result depends on
+    def recipe(self): return {k: v for k, v in self.to_dict().items() if k in RECIPE or (k == 'decode_encode' and v)} # what the result depends on; older recipes have no such name
 
 # %% ../nbs/05f_step.ipynb #9e3967bd
 _SCALES = dict( # one row per scale
@@ -152,6 +155,19 @@ def make_student(
     for p, q in zip(student.parameters(), fresh.parameters()): p.requires_grad_(q.requires_grad)
     return student
 
+# %% ../nbs/05f_step.ipynb #44b73018
+def fresh_model(
+    model:str='tiny', # 'tiny', 's', 'b', 'l' or 'xl'
+    store=None, # `latents.LatentStore` whose channels, size and classes it gets; None: the preset's
+    seed:int=0, # of the weights
+)->DiTDH: # in evaluation mode
+    "A flow model before any training, where Table 9 starts"
+    config = preset(model)
+    if store is not None: config.update(in_channels=store.latent_shape[0], input_size=store.latent_shape[1], num_classes=store.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return DiTDH(**config).eval()
+
 # %% ../nbs/05f_step.ipynb #e8dd072a
 def check_world(
     config:DistillConfig,
@@ -175,10 +191,32 @@ def share_out(
     parts = world//len(labels)
     return [labels[rank//parts]], rank % parts, parts
 
-def _generate(network, z, labels, config):
-    "Equation (8), in the configured precision"
+def _precision(x, config): return torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == 'bfloat16')
+
+def _generate(network, z, labels, config, seen=None):
+    "Equation (8), in the configured precision, and what the field sees of it"
     y = torch.tensor(labels, device=z.device).repeat_interleave(len(z)//len(labels))
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=config.precision == 'bfloat16'): return one_step(network, z, y)
+    with _precision(z, config):
+        x = one_step(network, z, y)
+        if seen is None: return x
+        return checkpoint(seen, x, use_reentrant=False) if config.recompute and torch.is_grad_enabled() else seen(x)
+
+# %% ../nbs/05f_step.ipynb #9a13531b
+def through_images(
+    autoencoder, # `autoencoder.RAE` with its encoder; its weights are frozen
+)->tuple: # maps of generated and of real latents to what the field compares; None: the latents themselves
+    "Table 9's decode-encode; one sentence (`ParameterError`) if this autoencoder cannot do it"
+    if autoencoder is not None and 'generator' in inspect.signature(autoencoder.encode).parameters: raise ParameterError('decode_encode=True: this autoencoder is a VAE, which draws latents at random; accepted is an RAE with its encoder')
+    if getattr(autoencoder, 'encoder', None) is None: raise ParameterError('decode_encode=True: the autoencoder has no encoder; accepted is an RAE with its encoder')
+    autoencoder.requires_grad_(False)
+    return lambda x: autoencoder.encode(autoencoder.decode(x, clamp=False)), None
+
+def maps_of(
+    config:DistillConfig,
+    autoencoder=None, # needed if the configuration says `decode_encode`
+)->tuple: # as for `through_images`
+    "The maps that a configuration asks for"
+    return through_images(autoencoder) if config.decode_encode else (None, None)
 
 # %% ../nbs/05f_step.ipynb #ecd449d8
 def _group(): return torch.distributed.group.WORLD if launch.world_size() > 1 else None
@@ -209,10 +247,16 @@ FIGURES = ('v_norm', 'n_eff_pos', 'n_eff_neg') # of each temperature
 # %% ../nbs/05f_step.ipynb #ae60e484
 def _slices(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
-def _detached(network, z, classes, config): # without gradient; micro-batches bound this too
+@torch.no_grad()
+def _detached(network, z, classes, config, seen=None): # without gradient; micro-batches bound this too
     if not len(z): return z
     labels = [c for c in classes for _ in range(len(z)//len(classes))]
-    with torch.no_grad(): return torch.cat([_generate(network, z[i], labels[i], config) for i in _slices(len(z), config.micro_batch or len(z))])
+    return torch.cat([_generate(network, z[i], labels[i], config, seen) for i in _slices(len(z), config.micro_batch or len(z))])
+
+@torch.no_grad()
+def _real(pos, config, seen): # what the field sees of real latents
+    if seen is None: return pos
+    with _precision(pos, config): return torch.cat([seen(pos[i]) for i in _slices(len(pos), config.micro_batch or len(pos))])
 
 def own_chunks(
     labels:list, # the step's classes, of all processes
@@ -232,6 +276,7 @@ def drift_step(
     step:int=0, # current step
     *, clock=lambda name: nullcontext(), # `with clock('field'):` is entered around each part, for measuring
     samples=step_samples, # where positives and noises come from
+    maps:tuple=(None, None), # maps of generated and of real latents to what the field compares, see `maps_of`
 )->tuple: # loss (float) and dict of per-temperature figures of the field, both averaged over the step's classes
     "Loss (10) of one step and its gradient"
     weight = next(network.parameters())
@@ -249,25 +294,25 @@ def drift_step(
         # where the field itself communicates, all processes have to communicate in the same order
         whole, last = batch >= (most*config.n_neg//parts if shared else len(z)), c == len(chunks) - 1
         with clock('generate'), launch.accumulate(network, last and whole):
-            extra = _detached(network, mine(z_extra), classes, config)
-            gen = _generate(network, z, classes, config) if whole else _detached(network, z, classes, config)
+            extra, pos = _detached(network, mine(z_extra), classes, config, maps[0]), _real(pos, config, maps[1])
+            gen = (_generate if whole else _detached)(network, z, classes, config, maps[0])
         with clock('communication'): full, extra = _gather(gen.detach(), parts), _gather(extra, parts)
         with clock('field'): loss, pull, found = _pull(full, pos, extra, classes, config, seed, step)
         pull = mine(pull*scale)
         if whole:
             with clock('backward'), launch.accumulate(network, last): gen.backward(pull)
-        else: _replay(network, z, classes, pull, config, batch, last, clock)
+        else: _replay(network, z, classes, pull, config, batch, last, clock, maps[0])
         total, figures = total + loss/parts, figures + found/parts
     with clock('communication'): mean = launch.all_mean(dict(loss=total*scale, figures=figures*scale))
     return mean['loss'].item(), dict(zip(FIGURES, mean['figures'].tolist()))
 
 # %% ../nbs/05f_step.ipynb #faa13fe9
-def _replay(network, z, classes, pull, config, batch, last, clock):
+def _replay(network, z, classes, pull, config, batch, last, clock, seen):
     "Generate again, a few samples at a time, now with gradient, and pull them where the field says"
     labels = [c for c in classes for _ in range(len(z)//len(classes))]
     slices = _slices(len(z), batch)
     for i in slices:
         final = last and i is slices[-1]
         with launch.accumulate(network, final):
-            with clock('generate'): gen = _generate(network, z[i], labels[i], config)
+            with clock('generate'): gen = _generate(network, z[i], labels[i], config, seen)
             with clock('backward'): gen.backward(pull[i])

@@ -25,13 +25,23 @@ def config(preset='c', **changes):
     values = dict(n_class=4, n_pos=16, n_neg=4, n_extra_neg=8, steps=4, lr=(1e-3, 1e-4), ema=(.9, 2), at_once=1, checkpoint_every=2)
     return replace(DistillConfig.preset('tiny', preset), **{**values, **changes})
 
+class Autoencoder(torch.nn.Module):
+    "Latents to images of 4 x 4 and back, with fixed random weights: something for decode-encode to go through"
+    def __init__(self, scale=1.):
+        super().__init__()
+        g = torch.Generator().manual_seed(2)
+        self.there, self.back = (torch.nn.Parameter(scale*torch.randn(n, m, generator=g, dtype=torch.float64)/n**.5) for n, m in ((32, 48), (48, 32)))
+        self.encoder = torch.nn.Identity() # it has one
+    def decode(self, z, clamp=True): return (z.flatten(1) @ self.there).tanh().view(-1, 3, 4, 4)
+    def encode(self, x): return (x.flatten(1) @ self.back).view(-1, 8, 2, 2)
+
 def result(model, rows):
     "Losses, figures and averaged weights as plain numbers"
     return [[r[k] for k in r if k not in ('seconds', 'memory_gib', 'images_per_second')] for r in rows], torch.cat([p.flatten() for p in launch.full_state(model).values()]) if launch.is_main() else launch.full_state(model)
 
 def several(cases):
     "One result for each (preset, changes)"
-    return [result(*distill(teacher(), store(), config(preset, **changes), seed=3)) for preset, changes in cases]
+    return [result(*distill(teacher(), store(), config(preset, **changes), seed=3, autoencoder=Autoencoder())) for preset, changes in cases]
 
 def stopped_after(folder, step, resume='auto', **changes):
     "A run that a monitor stops after some step"

@@ -91,9 +91,16 @@ def test_more_claims_make_a_verdict_harder():
 
 def test_every_command_means_its_row():
     found = commands()
-    assert {c.table for c in found} == {'3', '4', '5', '5 original', '6', '7'}
+    assert {c.table for c in found} == {'3', '4', '5', '5 original', '6', '7', '9'}
     assert all(meant(parse(c.text)[1]) == c.config for c in found)
     assert len({c.text.split('-p out ')[1] for c in found}) == len(found)
+
+def test_the_commands_of_table_9_start_without_a_teacher():
+    found = {c.row: (c, parse(c.text)[1]) for c in commands() if c.table == '9'}
+    assert set(found) == {'SD-VAE', 'RAE', 'RAE, decode-encode'} and all(given['teacher'] == 'fresh' for _, given in found.values())
+    assert [c.config.decode_encode for c, _ in found.values()] == [False, False, True]
+    assert found['SD-VAE'][1]['autoencoder'] == 'stabilityai/sd-vae-ft-mse' and found['SD-VAE'][1]['latents'] != found['RAE'][1]['latents']
+    assert found['RAE, decode-encode'][0].hours > 1.5*found['RAE'][0].hours == 1.5*next(c for c in commands() if (c.table, c.row) == ('3', 'C')).hours
 
 def test_papermill_runs_a_command_dry(tmp_path):
     "one command as it is printed, the miniature in place of ImageNet"

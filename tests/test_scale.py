@@ -11,8 +11,9 @@ import small_runs
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': f'{ROOT}:{HERE}', 'OMP_NUM_THREADS': '1'}
 
-# preset and changes; the last two need 2 or 4 processes to divide 2 classes
-CASES = [('c', {}), ('a', {}), ('b', dict(n_class=5)), ('a', dict(n_class=5)), ('c', dict(micro_batch=3, recompute=True)), ('c', dict(n_class=2)), ('a', dict(n_class=2)), ('c', dict(drift=DriftConfig.preset('c')))]
+# preset and changes; those with n_class=2 let several processes share a class
+CASES = [('c', {}), ('a', {}), ('b', dict(n_class=5)), ('a', dict(n_class=5)), ('c', dict(micro_batch=3, recompute=True)), ('c', dict(n_class=2)), ('a', dict(n_class=2)), ('c', dict(drift=DriftConfig.preset('c'))),
+    ('c', dict(decode_encode=True, micro_batch=3)), ('a', dict(decode_encode=True)), ('c', dict(decode_encode=True, n_class=2, recompute=True))]
 
 @pytest.fixture(scope='module')
 def alone(): return small_runs.several(CASES)
