@@ -111,10 +111,10 @@ METHODS = dict(
     matching    = dict(low=.02, high=.98, batch=64, ema=(.99, 100)), # range of the times
 )
 RATES = dict( # learning rates at the start, each the best of those tried below; the last is a hundredth
-    drifting    = dict(RAE=5e-4, VAE=5e-4),
-    regression  = dict(RAE=1e-3, VAE=1e-3),
-    consistency = dict(RAE=3e-4, VAE=3e-4),
-    matching    = dict(RAE=1e-4, VAE=1e-4),
+    drifting    = dict(RAE=5e-4, VAE=2.5e-4),
+    regression  = dict(RAE=3e-3, VAE=1e-3),
+    consistency = dict(RAE=3e-4, VAE=1e-3),
+    matching    = dict(RAE=3e-4, VAE=1e-4),
 )
 
 def settings_of(
