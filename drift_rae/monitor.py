@@ -24,7 +24,7 @@ def latent_statistics_of(
 )->FeatureStatistics: # mean and covariance of the mean tokens
     "What a run's samples are compared with"
     index = torch.randperm(len(store), generator=stream(0, 'monitor'))[:n].sort().values # in the order of the disk
-    return statistics(torch.cat([store.rows(i).mean((2, 3)) for i in index.split(500)]).double())
+    return statistics(torch.cat([store.rows(i).float().mean((2, 3)) for i in index.split(500)]).double())
 
 # %% ../nbs/05e_monitor.ipynb #13c344e2
 class Monitor:
