@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SCRATCH', 'RATES', 'LatentMAE', 'train_mae', 'scratch_config', 'maps', 'from_scratch', 'scratch_recipe',
-           'scratch_result']
+           'relative_length', 'scratch_result']
 
 # %% ../nbs/09_from_scratch.ipynb #71ef98f5
 import io, time
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .ablations import EVALUATION, _weights
-from .core import stream
+from .core import image_noise, stream
 from .distill import changed, distill
 from .flow import one_step
 from .step import DistillConfig, config_for, fresh_model, through_images
@@ -113,6 +113,14 @@ def scratch_recipe(
     files = {'judge', *({'encoder', 'stats', 'decoder'} if space == 'RAE' or kind == 'through' else ()), *(('vae',) if space == 'VAE' else ())}
     return dict(config.recipe(), row=name, space=space, map=kind, evaluation=EVALUATION, weights={n: _weights(n) for n in sorted(files)})
 
+@torch.no_grad()
+def relative_length(model, space, seed)->float: # 1: as long as real ones
+    "Mean norm of generated latents over the mean norm of real ones"
+    labels = torch.arange(10).repeat_interleave(30)
+    x = one_step(model, image_noise(labels, space.store.latent_shape, EVALUATION['noise_seed'] + seed), labels)
+    real, _ = space.store.batch(300, stream(seed, 'length'))
+    return (x.flatten(1).norm(dim=1).mean()/real.flatten(1).norm(dim=1).mean()).item()
+
 def scratch_result(
     name:str, # of `ROWS`
     spaces:dict, # 'RAE' and 'VAE' -> `Space`
@@ -125,4 +133,4 @@ def scratch_result(
     seconds = time.process_time() - begin
     norms = [r['gradient_norm'] for r in log]
     return dict(figures=space.evaluate(lambda z, y: one_step(model, z, y), EVALUATION['per_class'], EVALUATION['noise_seed'] + seed), curve=curve,
-        gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))
+        length=relative_length(model, space, seed), gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))
