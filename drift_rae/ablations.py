@@ -114,7 +114,7 @@ def flow_teacher(
     path = Path(folder)/f"{seed}_{_digest(asdict(FlowConfig.preset('tiny')))[:8]}.safetensors"
     if not path.is_file():
         model, losses = train_teacher(store or latent_store('tiny'), seed=seed)
-        save_teacher(path, model, dict(seed=seed))
+        save_teacher(path, model, losses, seed=seed, flow=asdict(FlowConfig.preset('tiny')))
     return load_teacher(path)
 
 class Bench:
