@@ -57,6 +57,15 @@ def test_the_command_line_has_nothing_to_do_where_everything_is_there(tmp_path, 
     main(['--tables', '3', '--seeds', '1', '--folder', str(tmp_path)])
     assert capsys.readouterr().out == ''
 
+def test_another_teacher_is_trained_once(tmp_path, monkeypatch):
+    from drift_rae import ablations
+    from drift_rae.flow import load_teacher
+    calls = []
+    monkeypatch.setattr(ablations, 'train_teacher', lambda store, seed: calls.append(seed) or (load_teacher(), [1., .5]))
+    a, b = (ablations.flow_teacher(3, tmp_path, store='latents') for _ in range(2))
+    assert calls == [3] and a.shift == b.shift == load_teacher().shift
+    assert all((p == q).all() for p, q in zip(a.parameters(), b.parameters()))
+
 def test_the_check_is_stored(): assert result_path(CHECK[0], 0, RESULTS, CHECK[1]).is_file()
 
 p_values = st.lists(st.floats(0, 1), min_size=1, max_size=8)
