@@ -114,9 +114,13 @@ def scratch_recipe(
     return dict(config.recipe(), row=name, space=space, map=kind, evaluation=EVALUATION, weights={n: _weights(n) for n in sorted(files)})
 
 @torch.no_grad()
-def relative_length(model, space, seed)->float: # 1: as long as real ones
+def relative_length(
+    model:nn.Module, # (x, t, y) -> velocity, a generator
+    space:Space, # whose latents it makes
+    seed:int, # of the noises
+)->float: # 1: as long as real ones
     "Mean norm of generated latents over the mean norm of real ones"
-    labels = torch.arange(10).repeat_interleave(30)
+    labels = torch.arange(space.store.num_classes).repeat_interleave(30)
     x = one_step(model, image_noise(labels, space.store.latent_shape, EVALUATION['noise_seed'] + seed), labels)
     real, _ = space.store.batch(300, stream(seed, 'length'))
     return (x.flatten(1).norm(dim=1).mean()/real.flatten(1).norm(dim=1).mean()).item()
