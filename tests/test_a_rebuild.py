@@ -1,8 +1,6 @@
 """The shipped weights of the miniature can be made anew by the notebooks that made them, and come out as good.
 
 On one machine they come out the same to the bit; elsewhere rounding differs, hence the bounds.
-The teacher has a fifth of its 5,000 steps here (the rest takes five minutes); that the shipped one is what its
-recipe gives, `05_flow` checks on the losses of its first steps.
 """
 import json
 from dataclasses import asdict
@@ -22,7 +20,7 @@ WEIGHTS = ROOT/'drift_rae/weights/tiny'
 def rebuilt(tmp_path_factory):
     folder = tmp_path_factory.mktemp('rebuilt')
     for notebook in ('02_autoencoder', '02a_vae', '02b_judge', '05_flow'):
-        more = dict(autoencoder=folder, steps=1000) if notebook == '05_flow' else {}
+        more = dict(autoencoder=folder) if notebook == '05_flow' else {}
         done = papermill(notebook, folder, rebuild=1, out=folder, **more)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -30,9 +28,8 @@ def rebuilt(tmp_path_factory):
 def test_same_files(rebuilt):
     for name in ('encoder', 'decoder', 'stats', 'vae', 'judge', 'teacher'):
         (a, config_a), (b, config_b) = (load_weights(f/f'{name}.safetensors') for f in (rebuilt, WEIGHTS))
-        shapes = lambda tensors: {k: v.shape for k, v in tensors.items() if k != 'losses'} # one for each step
-        assert shapes(a) == shapes(b), name
-        if name == 'teacher': config_b['flow'] = {**json.loads(json.dumps(asdict(FlowConfig()))), **config_b['flow'], 'steps': 1000} # and fields that are newer than the file
+        assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}, name
+        if name == 'teacher': config_b['flow'] = {**json.loads(json.dumps(asdict(FlowConfig()))), **config_b['flow']} # fields that are newer than the file
         if name not in ('vae',): assert config_a == config_b, name # the VAE's configuration holds its measured scale
 
 def psnr(autoencoder, images):
@@ -48,9 +45,11 @@ def test_the_judge_within_one_percent(rebuilt):
     assert (load_judge(rebuilt).predict(images) == labels).float().mean() > (load_judge('tiny').predict(images) == labels).float().mean() - .01
 
 @torch.no_grad()
-def test_a_short_training_brings_the_teacher_half_way(rebuilt):
-    "Frechet distance of 1000 of its samples by the shipped judge, against noise that is decoded (17 against 47 where this was written)"
-    judge, labels, rae = load_judge('tiny'), torch.arange(10).repeat_interleave(100), RAE.from_pretrained(rebuilt)
-    noise, real = image_noise(labels, (32, 4, 4)), judge.features(training_digits()[0])
-    latents = sample(load_teacher(rebuilt/'teacher.safetensors'), noise, labels, steps=50)
-    assert frechet_distance(judge.features(rae.decode(latents)), real) < .5*frechet_distance(judge.features(rae.decode(noise)), real)
+def frechet(folder):
+    "Frechet distance of 1000 teacher samples by the shipped judge"
+    judge, labels = load_judge('tiny'), torch.arange(10).repeat_interleave(100)
+    latents = sample(load_teacher(folder if folder == 'tiny' else folder/'teacher.safetensors'), image_noise(labels, (32, 4, 4)), labels, steps=50)
+    return frechet_distance(judge.features(RAE.from_pretrained(folder).decode(latents)), judge.features(training_digits()[0]))
+
+def test_the_teacher_within_a_quarter(rebuilt):
+    assert frechet(rebuilt) < 1.25*frechet('tiny')
