@@ -70,7 +70,7 @@ def _rows():
     yield from (Row('7', f'{n}, {m}+{e}', (n, m, e), paper=p) for n, m, e, p in ((64, 64, 0, 1.94), (64, 64, 64, 2.88), (64, 64, 192, 4.95), (128, 64, 0, 2.50),
         (128, 64, 64, 1.87), (256, 64, 0, 4.66), (256, 64, 192, 1.77)))
     yield from (Row('switches', k, changes=v) for k, v in _SWITCHES.items())
-    yield from (Row('5 long', k, changes=f'steps=1300 {v}', protocol='', curve=100) for k, (v, _) in ours.items())
+    yield from (Row('5 long', k, changes=f'steps=1300 {v}', paper=p, protocol='', curve=100) for k, (v, p) in ours.items())
     yield from (Row('samples', str(n), (n, min(n, 64), max(0, n-64))) for n in (16, 32, 64, 128, 256, 512))
     yield from (Row('steps', str(n), _C, f'steps={n}') for n in (75, 150, 300, 600))
     yield from (Row('classes', str(n), _C, f'n_class={n}') for n in (1, 2, 4, 8))

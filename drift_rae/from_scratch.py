@@ -62,7 +62,7 @@ def train_mae(
 ROWS = {'VAE': ('VAE', 'plain', 220.55), 'RAE': ('RAE', 'plain', 100.31), 'RAE, decode-encode': ('RAE', 'through', 7.04),
     'VAE, decode, RAE encode': ('VAE', 'through', None), 'VAE, auxiliary features': ('VAE', 'mae', None), 'RAE, auxiliary features': ('RAE', 'mae', None)} # space, map, the paper's FID
 SCRATCH = 'n_class=2 n_pos=32 n_neg=32 n_extra_neg=0 steps=2000'
-RATES = {name: 1e-3 if kind == 'through' else 5e-3 for name, (_, kind, _) in ROWS.items()} # learning rates at the start, see what was tried below; the last is a hundredth
+RATES = {'VAE': 5e-3, 'RAE': 5e-3, 'RAE, decode-encode': 1e-3, 'VAE, decode, RAE encode': 1e-3, 'VAE, auxiliary features': 5e-3, 'RAE, auxiliary features': 1e-3} # learning rates at the start, see what was tried below; the last is a hundredth
 
 def scratch_config(
     name:str, # of `ROWS`
