@@ -8,23 +8,25 @@ __all__ = ['RELEASED', 'changed', 'resolve', 'load_parts', 'check_store', 'Ahead
            'make_student']
 
 # %% ../nbs/06_distill.ipynb #4ee0fecd
-import argparse, ast, copy, inspect, json, time
+import argparse, ast, copy, inspect, time
 from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from torch import nn
 from .autoencoder import RAE
-from .core import ParameterError, check_parameters, limit_threads, versions, write_json
+from .engine.parameters import ParameterError, check_parameters
+from .engine.progress import limit_threads
+from .engine.files import hash_weights, versions, write_json
 from .drifting import DriftConfig
-from .flow import load_teacher, one_step
-from .generator import OneStepGenerator, load_generator, save_generator
-from .images import hash_weights
-from .latents import latent_store, prefetch
-from .monitor import Monitor
-from .step import RULES, DistillConfig, check_world, config_for, drift_step, fresh_model, make_student, maps_of, own_chunks, step_labels, step_samples
-from .train_flow import describe_store
-from .training import Checkpoints, train
-from . import launch
+from .flow import load_teacher
+from .parts.generator import OneStepGenerator, load_generator, save_generator
+from .parts.latents import describe_store, latent_store, prefetch
+from .parts.monitor import Monitor
+from .parts.step import (
+    RULES, DistillConfig, check_world, config_for, drift_step, fresh_model, make_student, maps_of,
+    own_chunks, step_labels, step_samples)
+from .engine.training import Checkpoints, train
+from .engine import launch
 
 # %% ../nbs/06_distill.ipynb #a59d2ea5
 _all_ = ['OneStepGenerator', 'load_generator', 'save_generator', 'DistillConfig', 'config_for', 'drift_step', 'make_student'] # of the chapters before

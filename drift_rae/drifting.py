@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .core import number
+from .engine.parameters import number
 
 # %% ../nbs/04_drifting.ipynb #c3803025
 _CHOICES = dict(y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'), scope=('call', 'class', 'token'),

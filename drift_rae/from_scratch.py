@@ -12,13 +12,12 @@ from contextlib import redirect_stdout
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .ablations import EVALUATION, _weights
-from .core import image_noise, stream
+from .parts.bench import EVALUATION, Space, _weights
+from .engine.streams import image_noise, stream
 from .distill import changed, distill
 from .flow import one_step
-from .step import DistillConfig, config_for, fresh_model, through_images
-from .training import fit
-from .trajectories import Space
+from .parts.step import DistillConfig, config_for, fresh_model, through_images
+from .engine.training import fit
 
 # %% ../nbs/09_from_scratch.ipynb #8e3f3de1
 class LatentMAE(nn.Module):

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
-from .core import ParameterError, Progress, atomic, write_json
-from .flow import sample_euler, time_grid
-from .images import spread
-from .latents import LatentStore, open_latents
+from .engine.parameters import ParameterError
+from .engine.progress import Progress
+from .engine.files import atomic, write_json
+from .parts.paths import sample_euler
+from .engine.launch import spread
+from .parts.latents import open_latents
 
 # %% ../nbs/03_geometry.ipynb #5c9f557f
 def _samples(x, labels, ndim):

@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from drift_rae import launch
-from drift_rae.core import ParameterError, ema_decay, ema_update, linear_decay, versions
-from drift_rae.cost import matmul_rate, memory_plan, parameters, step_flops
-from drift_rae.ditdh import DiTDH, preset
-from drift_rae.latents import LatentStore
+from drift_rae.engine import launch
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.training import ema_decay, ema_update, linear_decay
+from drift_rae.engine.files import versions
+from drift_rae.networks.cost import matmul_rate, memory_plan, parameters, step_flops
+from drift_rae.networks.ditdh import DiTDH, preset
+from drift_rae.parts.latents import LatentStore
 from drift_rae.distill import Ahead
-from drift_rae.step import DistillConfig, check_world, drift_step, own_chunks, step_labels, step_samples
+from drift_rae.parts.step import (
+    DistillConfig, check_world, drift_step, own_chunks, step_labels, step_samples)
 
 PARTS = ('data', 'generate', 'field', 'backward', 'optimiser', 'communication', 'other')
 FEW = dict(n_class=1, n_pos=4, n_neg=1, n_extra_neg=3, precision='float32') # what a CPU can do of an ImageNet size in seconds
@@ -130,7 +133,7 @@ def main():
     if launch.is_main():
         show(r, few)
         if a.plan:
-            from drift_rae.cost import show_plan
+            from drift_rae.networks.cost import show_plan
             show_plan(memory_plan(a.model, n_pos=config.n_pos, n_neg=config.n_neg, n_extra_neg=config.n_extra_neg, precision=config.precision,
                 settings=((config.micro_batch or config.n_neg, config.recompute),)))
         if a.json: Path(a.json).write_text(json.dumps(r, indent=1))

@@ -6,10 +6,13 @@ import copy, json, os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from drift_rae.core import ParameterError, ema_update
-from drift_rae.ditdh import DiTDH
-from drift_rae.launch import (Interrupted, accumulate, all_any, all_mean, barrier, broadcast_object, catch_signals, clip_grad_norm, device,
-    full_optimiser_state, full_state, is_main, launch, load_full_optimiser_state, load_full_state, rank, share, unwrap, world_size, wrap)
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.training import ema_update
+from drift_rae.networks.ditdh import DiTDH
+from drift_rae.engine.launch import (
+    Interrupted, accumulate, all_any, all_mean, barrier, broadcast_object, catch_signals,
+    clip_grad_norm, device, full_optimiser_state, full_state, is_main, launch,
+    load_full_optimiser_state, load_full_state, rank, share, unwrap, world_size, wrap)
 
 CLASSES, HALF, STEPS = 4, 1, 2
 

@@ -2,11 +2,12 @@
 import os, signal, sys, time
 from dataclasses import replace
 import torch
-from drift_rae import launch, training
-from drift_rae.ditdh import DiTDH
+from drift_rae.engine import launch
+from drift_rae.engine import training
+from drift_rae.networks.ditdh import DiTDH
 from drift_rae.distill import distill
-from drift_rae.latents import sort_by_class
-from drift_rae.step import DistillConfig
+from drift_rae.parts.latents import sort_by_class
+from drift_rae.parts.step import DistillConfig
 
 CLASSES = 6
 

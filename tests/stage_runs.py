@@ -1,7 +1,7 @@
 "What `test_stages.py` runs in several processes: they import it from here"
 from drift_rae.flow import FlowConfig
-from drift_rae.stage1 import Stage1Config, run_stage1
-from drift_rae.train_flow import run_flow
+from drift_rae.imagenet.stage1 import Stage1Config, run_stage1
+from drift_rae.imagenet.stage2 import run_flow
 
 DECODER, TEACHER = Stage1Config.preset('tiny', steps=16, batch=8), FlowConfig(steps=6, batch=8, at_once=2)
 

@@ -6,12 +6,13 @@ import json
 from dataclasses import asdict
 import pytest, torch
 from drift_rae.autoencoder import RAE
-from drift_rae.core import image_noise, load_weights
-from drift_rae.data import digits, training_digits
-from drift_rae.evaluate import frechet_distance
+from drift_rae.engine.streams import image_noise
+from drift_rae.engine.files import load_weights
+from drift_rae.parts.data import digits, training_digits
+from drift_rae.metrics.frechet import frechet_distance
 from drift_rae.flow import FlowConfig, load_teacher, sample
-from drift_rae.judge import load_judge
-from drift_rae.vae import load_vae
+from drift_rae.parts.judge import load_judge
+from drift_rae.parts.vae import load_vae
 from test_run import ROOT, papermill
 
 WEIGHTS = ROOT/'drift_rae/weights/tiny'

@@ -3,8 +3,10 @@ import json, math, os, shlex, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from drift_rae.ablations import CHECK, ROWS, Claim, holm, main, missing, recipe, recipe_hash, result_path, stored, verdicts
-from drift_rae.commands import command, commands, meant, parse
+from drift_rae.parts.bench import CHECK, recipe, recipe_hash, result_path
+from drift_rae.ablations import ROWS, main, missing, stored
+from drift_rae.metrics.verdicts import Claim, holm, verdicts
+from drift_rae.imagenet.commands import command, commands, meant, parse
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'/'ablations'

@@ -1,8 +1,9 @@
 "The decoder against outputs of the official implementation (tests/fixtures/README.md)"
 from pathlib import Path
 import pytest, torch
-from drift_rae.autoencoder import RAE, RAEDecoder, sincos_positions
-from drift_rae.core import ParameterError
+from drift_rae.autoencoder import RAE
+from drift_rae.networks.vit import RAEDecoder, sincos_positions
+from drift_rae.engine.parameters import ParameterError
 
 FIXTURE = Path(__file__).parent/'fixtures/decoder.pt'
 
@@ -34,7 +35,7 @@ def test_a_folder_with_half_a_file(tmp_path):
     with pytest.raises(ParameterError, match='decoder.safetensors is not a whole safetensors file'): RAE.from_pretrained(tmp_path)
 
 def test_a_folder_of_another_architecture(tmp_path):
-    from drift_rae.core import load_weights, save_weights
+    from drift_rae.engine.files import load_weights, save_weights
     RAE.from_pretrained('tiny').save_pretrained(tmp_path)
     weights, config = load_weights(tmp_path/'decoder.safetensors')
     save_weights(tmp_path/'decoder.safetensors', weights, {**config, 'decoder_hidden_size': 32})

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
-from drift_rae.core import stream
-from drift_rae.drifting import DriftConfig, distances, drift_field, drift_loss, laplace_noise, _noise_rows
+from drift_rae.engine.streams import stream
+from drift_rae.drifting import (
+    DriftConfig, distances, drift_field, drift_loss, laplace_noise, _noise_rows)
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'

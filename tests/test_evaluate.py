@@ -3,7 +3,7 @@ import math, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from drift_rae.core import stream
+from drift_rae.engine.streams import stream
 from drift_rae.evaluate import *
 
 HERE = Path(__file__).parent
@@ -108,7 +108,7 @@ def test_frechet_distance_with_directions_without_variance():
 
 MEMORY = """
 import resource, torch
-from drift_rae.evaluate import precision_recall
+from drift_rae.metrics.neighbours import precision_recall
 torch.set_num_threads(1)
 gen, real = torch.randn(8000, 128), torch.randn(4000, 128)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20   # GB

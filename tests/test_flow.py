@@ -6,10 +6,14 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from drift_rae import flow
 from drift_rae.autoencoder import RAE
-from drift_rae.core import ParameterError, image_noise, load_weights, save_weights, stream, weights_path
-from drift_rae.flow import (DiTDH, FlowConfig, default_shift, flow_loss, guided_velocity, load_teacher, one_step, preset,
-                            sample, sample_time, save_teacher, time_grid, time_shift, train_teacher)
-from drift_rae.judge import load_judge
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.streams import image_noise, stream
+from drift_rae.engine.files import load_weights, save_weights, weights_path
+from drift_rae.flow import (
+    DiTDH, FlowConfig, guided_velocity, load_teacher, one_step, preset, sample, save_teacher,
+    train_teacher)
+from drift_rae.parts.paths import default_shift, flow_loss, sample_time, time_grid, time_shift
+from drift_rae.parts.judge import load_judge
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'
@@ -153,7 +157,7 @@ def test_checkpointing_keeps_numbers_and_gradients():
 @pytest.mark.parametrize('multiple', [8, 64])
 def test_padded_swiglu_is_exact(multiple):
     "In float64 output and gradients are the same to rounding; parameters and checkpoints keep their shapes"
-    from drift_rae.ditdh import SwiGLU
+    from drift_rae.networks.ditdh import SwiGLU
     a = SwiGLU(24, 61).double(); b = SwiGLU(24, 61).double(); b.load_state_dict(a.state_dict()); b.multiple = multiple
     x = torch.randn(5, 7, 24, dtype=torch.float64, generator=stream(0, 'x'))
     out = [m(x) for m in (a, b)]

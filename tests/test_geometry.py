@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from drift_rae.geometry import (class_nearest, class_smmd, curvature, deviation, effective_dimensions, nn_distance, participation_ratio,
-                                spectral_entropy, spherical_mmd, trajectory_frame)
+from drift_rae.geometry import (
+    class_nearest, class_smmd, curvature, deviation, effective_dimensions, nn_distance,
+    participation_ratio, spectral_entropy, spherical_mmd, trajectory_frame)
 
 FIXTURES = Path(__file__).parent/'fixtures'
 GEOM, CURV = np.load(FIXTURES/'geom.npz'), np.load(FIXTURES/'curv.npz')
@@ -160,9 +161,9 @@ def test_curvature_in_the_dimension_of_imagenet():
 
 # the streaming pass and the run
 
-from drift_rae.core import stream
+from drift_rae.engine.streams import stream
 from drift_rae.geometry import STATISTICS, geometry_table, measure_store, middle_trajectories
-from drift_rae.latents import save_latents, sort_by_class
+from drift_rae.parts.latents import save_latents, sort_by_class
 from test_run import ROOT, papermill
 
 def small_store(folder, scale=1., counts=(7, 5, 9), shape=(8, 4, 4)):

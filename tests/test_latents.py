@@ -9,11 +9,15 @@ from hypothesis import given, settings, strategies as st
 from papermill import inspect_notebook
 from PIL import Image
 from torchvision import transforms
-from drift_rae.autoencoder import RAE, Encoder, RAEDecoder, save_rae
-from drift_rae.core import ParameterError, stream
+from drift_rae.autoencoder import RAE, save_rae
+from drift_rae.networks.vit import Encoder, RAEDecoder
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.streams import stream
 from drift_rae.distill import DistillConfig, step_samples
-from drift_rae.imagenet import ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images
-from drift_rae.latents import DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class
+from drift_rae.imagenet.folders import (
+    ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images)
+from drift_rae.parts.latents import (
+    DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class)
 from test_run import ROOT, papermill, tagged
 
 SIZE = 32

@@ -4,8 +4,8 @@ from pathlib import Path
 import psutil, pytest, torch
 from test_run import environment
 import launched
-from drift_rae.core import ParameterError
-from drift_rae.launch import Interrupted, LaunchError, launch
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.launch import Interrupted, LaunchError, launch
 
 HERE = Path(__file__).parent
 
@@ -92,7 +92,7 @@ def test_torchrun(tmp_path):
     assert found['world'] == 2 and found['share'] == [0, 2, 4, 6, 8] and found['said'] == 'from 1'
 
 def test_slurm_variables(monkeypatch):
-    from drift_rae.launch import _environment
+    from drift_rae.engine.launch import _environment
     for k, v in dict(SLURM_NTASKS='16', SLURM_PROCID='11', SLURM_LOCALID='3').items(): monkeypatch.setenv(k, v)
     assert _environment() == 0, 'without an address there is nothing to join'
     monkeypatch.setenv('MASTER_ADDR', 'node01')

@@ -5,9 +5,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import huggingface_hub, pytest, torch
 from safetensors.torch import save_file
-from drift_rae import official
-from drift_rae.autoencoder import RAE, RAE_FILES, RAEDecoder, make_encoder
-from drift_rae.core import ParameterError
+from drift_rae.networks import released as official
+from drift_rae.autoencoder import RAE, RAE_FILES
+from drift_rae.networks.vit import RAEDecoder, make_encoder
+from drift_rae.engine.parameters import ParameterError
 from drift_rae.flow import DiTDH, load_teacher, preset, save_teacher
 
 ROOT, COMMIT = Path(__file__).parents[1], 'c0ffee'*6 + 'abcd'
@@ -206,7 +207,7 @@ def test_encoders_are_official():
     from safetensors import safe_open
     oracle = torch.load(ROOT/'tests/fixtures/encoder.pt', weights_only=True)
     net = make_encoder('dinov2', embed_dim=24, depth=3, num_heads=3)
-    from drift_rae.autoencoder import fill
+    from drift_rae.engine.files import fill
     fill(net.vit, official.from_hugging_face(oracle['state_dict'], 'dinov2'), 'oracle')
     case = oracle['normalised']['varonly']
     with torch.no_grad():

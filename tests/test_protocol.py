@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from torch.nn import functional as F
-from drift_rae.core import ParameterError, stream
-from drift_rae.evaluate import evaluate_images, frechet_distance, load_reference, precision_recall
-from drift_rae.images import *
-from drift_rae.protocol import *
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.streams import stream
+from drift_rae.evaluate import evaluate_images, load_reference
+from drift_rae.metrics.frechet import frechet_distance
+from drift_rae.metrics.neighbours import precision_recall
+from drift_rae.metrics.images import *
+from drift_rae.metrics.extractors import *
 
 
 def toy(noise, labels):
@@ -124,7 +127,8 @@ def test_inception_end_to_end(sets, tmp_path):
     f = extract(few, inception, batch=6)
     theirs = torch_fidelity.calculate_metrics(input1=few, input2=few, feature_extractor='fid-inception', feature_extractor_weights_path='random',
         isc=True, isc_splits=1, cuda=False, cache=False, save_cpu_ram=True, verbose=False)
-    from drift_rae.evaluate import inception_score, statistics
+    from drift_rae.metrics.neighbours import inception_score
+    from drift_rae.metrics.frechet import statistics
     assert f.features.shape == (12, 2048) and f.values['logits'].shape == (12, 1008)
     assert inception_score(f.values['logits'], splits=1)[0] == pytest.approx(theirs['inception_score_mean'], rel=1e-5)
     s = statistics(f.features)

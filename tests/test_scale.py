@@ -2,8 +2,10 @@
 import errno, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from drift_rae import launch, training
-from drift_rae.core import ParameterError, write_json
+from drift_rae.engine import launch
+from drift_rae.engine import training
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.files import write_json
 from drift_rae.distill import distill, load_generator, main, start
 from drift_rae.drifting import DriftConfig
 import small_runs
@@ -149,7 +151,7 @@ WRONG = [
 @pytest.fixture(scope='module')
 def wrong_files(tmp_path_factory):
     from drift_rae.flow import save_teacher
-    from drift_rae.latents import save_latents
+    from drift_rae.parts.latents import save_latents
     folder = tmp_path_factory.mktemp('wrong')
     (folder/'text.pt').write_text('not a checkpoint')
     save_teacher(folder/'other.safetensors', small_runs.teacher(torch.float32))

@@ -3,13 +3,15 @@ import json
 from pathlib import Path
 import pytest, torch
 import small_runs
-from drift_rae import ablations, sdvae
+from drift_rae import ablations
+from drift_rae.networks import sdvae
 from drift_rae.autoencoder import RAE
-from drift_rae.core import ParameterError, stream
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.streams import stream
 from drift_rae.distill import distill, load_generator, run, start
-from drift_rae.imagenet import digits_folder, encode_folder
-from drift_rae.latents import describe_encoder, latent_store, save_latents
-from drift_rae.step import RECIPE, config_for, fresh_model
+from drift_rae.imagenet.folders import digits_folder, encode_folder
+from drift_rae.parts.latents import describe_encoder, latent_store, save_latents
+from drift_rae.parts.step import RECIPE, config_for, fresh_model
 
 RESULTS = Path(__file__).parents[1]/'nbs'/'results'/'ablations'
 FEW = dict(n_class=2, n_pos=8, n_neg=4, n_extra_neg=4, monitor_every=0)
@@ -100,7 +102,7 @@ def test_digits_in_sd_vae_are_the_same_in_every_process(sd_folder):
     assert torch.equal(a, b)
 
 def test_sd_vae_of_the_hub_is_known_by_its_configuration(sd_folder, monkeypatch):
-    from drift_rae import official
+    from drift_rae.networks import released as official
     asked = []
     def local(repo, files, revision=None, cache=None): asked.append((repo, *files)); return sd_folder
     monkeypatch.setattr(official, 'hub_folder', local); monkeypatch.setattr(sdvae, 'hub_folder', local)

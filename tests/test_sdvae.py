@@ -1,8 +1,9 @@
 "SD-VAE against diffusers, on small random weights; and what is said without diffusers"
 import json, sys
 import pytest, torch
-from drift_rae import sdvae
-from drift_rae.core import ParameterError, stream
+from drift_rae.networks import sdvae
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.streams import stream
 
 SMALL = {**sdvae.SD_VAE, 'block_out_channels': [8, 8, 16, 16], 'norm_num_groups': 4, 'layers_per_block': 1, 'sample_size': 32}
 

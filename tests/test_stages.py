@@ -6,15 +6,22 @@ import numpy as np
 import pytest, stage_runs, torch
 from PIL import Image
 from torch import nn
-from drift_rae import critics, launch, stage1, train_flow
-from drift_rae.autoencoder import RAE, Encoder, RAEDecoder, _decoder
-from drift_rae.core import ParameterError, load_weights, stream
-from drift_rae.data import digits
+from drift_rae.imagenet import critics
+from drift_rae.engine import launch
+from drift_rae.imagenet import stage1
+from drift_rae.imagenet import stage2 as train_flow
+from drift_rae.autoencoder import RAE
+from drift_rae.networks.vit import Encoder, RAEDecoder, _decoder
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.files import load_weights
+from drift_rae.engine.streams import stream
+from drift_rae.parts.data import digits
 from drift_rae.flow import FlowConfig, hold_linear, load_teacher
-from drift_rae.latents import latent_store, save_latents
-from drift_rae.critics import LPIPS, Discriminator, augment, hinge, load_discriminator, load_lpips
-from drift_rae.stage1 import Crops, FolderImages, Stage1, Stage1Config, warmup_cosine
-from drift_rae.training import train
+from drift_rae.parts.latents import latent_store, save_latents
+from drift_rae.imagenet.critics import (
+    LPIPS, Discriminator, augment, hinge, load_discriminator, load_lpips)
+from drift_rae.imagenet.stage1 import Crops, FolderImages, Stage1, Stage1Config, warmup_cosine
+from drift_rae.engine.training import train
 
 @pytest.fixture(scope='module')
 def official(): # what the official code (bytetriper/RAE at a4d18c4, src/disc and src/utils/optim_utils.py) computed

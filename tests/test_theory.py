@@ -3,7 +3,7 @@ import base64, io, json, math, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from drift_rae.core import stream
+from drift_rae.engine.streams import stream
 from drift_rae.diffusion_gan import _pull, field, log_density
 from drift_rae.theorem1 import cube, limit_v_neg, simulate, sphere, sweep
 

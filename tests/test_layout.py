@@ -1,0 +1,135 @@
+"The house: where files stand, what may import what, how long things may be. Every rule here is of the project, not of a tool."
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NBS, PACKAGE = ROOT/'nbs', ROOT/'drift_rae'
+FOLDERS = ('engine', 'networks', 'metrics', 'parts', 'imagenet') # a folder may use those before it
+MOST_NOTEBOOKS, MOST_LINES, WIDTH = 12, 350, 100
+
+notebooks = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+modules = sorted(p for p in PACKAGE.rglob('*.py') if p.name != '_modidx.py')
+
+
+def cells(path, kind='code'):
+    "The sources of a notebook's cells of one kind"
+    return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
+
+
+def module_of(path):
+    "The module that a notebook exports, as 'parts.step', or ''"
+    found = re.search(r'#\| default_exp (\S+)', '\n'.join(cells(path)))
+    return found[1] if found else ''
+
+
+def place(path):
+    """Where a notebook stands in the order of dependence: engine, networks, metrics; then chapters and
+    parts, mixed by the number and letter that their names begin with; then imagenet."""
+    folder = path.parent.name if path.parent != NBS else ''
+    number = re.match(r'(\d\d)([a-z]?)_', path.name)
+    number = (int(number[1]), number[2]) if number else (-1, path.stem)
+    early = FOLDERS[:3]
+    if folder in early: return (0, early.index(folder), *number)
+    return (2 if folder == 'imagenet' else 1, 0, *number)
+
+
+PLACES = {module_of(p): place(p) for p in notebooks if module_of(p)}
+
+
+def imports(source, package=''):
+    "Modules of ours that a source imports, also inside functions: 'parts.step', 'engine', ..."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix('drift_rae.') for a in node.names if a.name.startswith('drift_rae.')}
+        if not isinstance(node, ast.ImportFrom): continue
+        base = node.module or ''
+        if node.level:
+            parts = package.split('.')[:len(package.split('.')) - node.level + 1] if package else []
+            base = '.'.join([*parts[1:], *([base] if base else [])])
+        elif base == 'drift_rae': base = ''
+        elif base.startswith('drift_rae.'): base = base.removeprefix('drift_rae.')
+        else: continue
+        for a in node.names:
+            whole = f'{base}.{a.name}'.strip('.')
+            found.add(whole if whole in PLACES else base)
+    return {f for f in found if f in PLACES}
+
+
+def code_of(path):
+    "What Python can parse of a notebook: without magics"
+    return '\n'.join(l for s in cells(path) for l in s.splitlines() if not l.startswith(('%', '!')))
+
+
+@pytest.mark.parametrize('path', modules, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_module_imports_only_what_stands_before_it(path):
+    name = path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')
+    if name not in PLACES: return # __init__.py
+    package = 'drift_rae.' + name.rpartition('.')[0] if '.' in name else 'drift_rae'
+    for used in imports(path.read_text(), package):
+        assert PLACES[used] < PLACES[name], f'{name} imports {used}, which stands after it'
+
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(NBS).as_posix())
+def test_a_notebook_imports_only_what_stands_before_it(path):
+    for used in imports(code_of(path)) - {module_of(path)}:
+        assert path.stem in ('index', 'start') or PLACES[used] < place(path), \
+            f'{path.relative_to(NBS)} imports {used}, which stands after it'
+
+
+def test_no_circle():
+    graph = {}
+    for path in modules:
+        name = path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')
+        package = 'drift_rae.' + name.rpartition('.')[0] if '.' in name else 'drift_rae'
+        graph[name] = imports(path.read_text(), package)
+    done = set()
+
+    def visit(name, above):
+        assert name not in above, ' -> '.join([*above, name])
+        if name in done: return
+        for used in graph.get(name, ()): visit(used, [*above, name])
+        done.add(name)
+    for name in graph: visit(name, [])
+
+
+def test_folders_are_small_and_modules_short():
+    for folder in FOLDERS:
+        assert len(list((NBS/folder).glob('*.ipynb'))) <= MOST_NOTEBOOKS, folder
+    long = {p.relative_to(PACKAGE).as_posix(): n for p in modules
+            if (n := len(p.read_text().splitlines())) > MOST_LINES}
+    assert not long, long
+
+
+def test_every_notebook_has_a_place():
+    for p in notebooks:
+        where = p.relative_to(NBS)
+        assert len(where.parts) == 1 or where.parts[0] in FOLDERS, where
+        assert p.stem in ('index', 'start') or re.match(r'\d\d[a-z]?_\w+$', p.stem), where
+        if len(where.parts) > 1: assert module_of(p).startswith(where.parts[0] + '.') or not module_of(p), where
+
+
+def sidebar():
+    "Section title -> its notebooks, in the order of _quarto.yml"
+    import yaml
+    contents = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['sidebar']['contents']
+    flat = {}
+    for entry in contents:
+        if isinstance(entry, str): flat.setdefault('', []).append(entry)
+        else: flat[entry['section']] = [c if isinstance(c, str) else c['href'] for c in entry['contents']]
+    return flat
+
+
+def test_the_sidebar_has_every_notebook_in_the_order_of_the_files():
+    sections = sidebar()
+    listed = [p for entries in sections.values() for p in entries]
+    assert sorted(listed) == sorted(p.relative_to(NBS).as_posix() for p in notebooks)
+    top = [p for p in listed if '/' not in p and p not in ('index.ipynb', 'start.ipynb')]
+    assert top == sorted(top), 'chapters'
+    for folder in FOLDERS:
+        inside = [p for p in listed if p.startswith(folder + '/')]
+        assert inside == sorted(inside), folder
