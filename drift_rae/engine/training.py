@@ -121,11 +121,11 @@ def _load(self)->tuple|None: # (next step, state) of the newest whole checkpoint
     for step in reversed(self.steps()):
         try:
             about = json.loads(self.file(step, 'json').read_text())
-            differences, problem = differences(about['identity'], self.identity), _damage(self, step, about)
-        except (ValueError, KeyError, TypeError) as e: differences, problem = [], f'has an unreadable description ({type(e).__name__})'
-        if differences:
-            more = f' and {len(differences) - 3} more' if len(differences) > 3 else ''
-            raise ParameterError(f"{self.folder} holds another run: {', '.join(differences[:3])}{more}; choose another output folder, or resume=never to start over")
+            differ, problem = differences(about['identity'], self.identity), _damage(self, step, about)
+        except (ValueError, KeyError, TypeError) as e: differ, problem = [], f'has an unreadable description ({type(e).__name__})'
+        if differ:
+            more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
+            raise ParameterError(f"{self.folder} holds another run: {', '.join(differ[:3])}{more}; choose another output folder, or resume=never to start over")
         if problem is None: return step, torch.load(self.file(step), weights_only=True, map_location='cpu')
         print(f'checkpoint {self.file(step)} {problem}: it is not used', flush=True)
 Checkpoints.load = _load
