@@ -20,7 +20,7 @@ WEIGHTS = ROOT/'drift_rae/weights/tiny'
 @pytest.fixture(scope='module')
 def rebuilt(tmp_path_factory):
     folder = tmp_path_factory.mktemp('rebuilt')
-    for notebook in ('02_autoencoder', '02a_vae', '02b_judge', '05_flow'):
+    for notebook in ('02_rae', 'parts/02a_vae', 'parts/02b_judge', '05_flow'):
         more = dict(autoencoder=folder) if notebook == '05_flow' else {}
         done = papermill(notebook, folder, rebuild=1, out=folder, **more)
         assert done.returncode == 0, done.stderr[-3000:]
