@@ -143,7 +143,7 @@ def exported(path):
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(NBS).as_posix())
 def test_lines_of_code_are_short(path):
-    long = [l for s in cells(path) for l in s.splitlines() if len(l) > WIDTH and not l.startswith('#| fig-')]
+    long = [l for s in cells(path) for l in s.splitlines() if len(l) > WIDTH]
     assert not long, long[:3]
 
 
