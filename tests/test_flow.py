@@ -147,6 +147,27 @@ def test_label_dropout_in_training_only():
         assert torch.equal(net(x, t, y), null) # probability 1: every label is dropped
         assert torch.equal(one_step(net, x, y), one_step(net.eval(), x, y)) and torch.equal(sample(net.train(), x, y, 5), sample(net.eval(), x, y, 5))
 
+def test_every_module_keeps_its_mode():
+    "A network in evaluation mode inside a wrapper in training mode, as DistributedDataParallel is made"
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module): super().__init__(); self.module, self.null_label, self.shift = module, 5, 1.
+        def forward(self, *args): assert not any(m.training for m in self.modules()); return self.module(*args)
+    net, (x, _, y) = shaken(**{**SMALL, 'class_dropout_prob': 1.}), batch()
+    net.blocks[1].train() # a part may be in another mode than the rest
+    wrapper, guide = Wrapper(net), shaken(**SMALL).train()
+    before = [[m.training for m in network.modules()] for network in (wrapper, guide)]
+    assert wrapper.training and not net.training
+    for call in (lambda: one_step(wrapper, x, y), lambda: sample(wrapper, x, y, 3), lambda: sample(wrapper, x, y, 3, guidance=2., guide=guide)):
+        call()
+        assert [[m.training for m in network.modules()] for network in (wrapper, guide)] == before
+    with pytest.raises(ValueError): one_step(wrapper, x, y[:1]) # also after an error
+    with pytest.raises(AssertionError): one_step(Fails(wrapper), x, y)
+    assert [[m.training for m in network.modules()] for network in (wrapper, guide)] == before
+
+class Fails(torch.nn.Module):
+    def __init__(self, module): super().__init__(); self.module = module
+    def forward(self, *args): raise AssertionError('on purpose')
+
 def test_checkpointing_keeps_numbers_and_gradients():
     net, args, grads = shaken(**SMALL), batch(), []
     for net.checkpointing in (False, True):
@@ -157,7 +178,7 @@ def test_checkpointing_keeps_numbers_and_gradients():
 @pytest.mark.parametrize('multiple', [8, 64])
 def test_padded_swiglu_is_exact(multiple):
     "In float64 output and gradients are the same to rounding; parameters and checkpoints keep their shapes"
-    from drift_rae.networks.ditdh import SwiGLU
+    from drift_rae.networks.layers import SwiGLU
     a = SwiGLU(24, 61).double(); b = SwiGLU(24, 61).double(); b.load_state_dict(a.state_dict()); b.multiple = multiple
     x = torch.randn(5, 7, 24, dtype=torch.float64, generator=stream(0, 'x'))
     out = [m(x) for m in (a, b)]

@@ -25,16 +25,31 @@ from ..engine.hub import check_sha256, fetch_file, read_checkpoint
 
 # %% ../../nbs/networks/02_released.ipynb #cf12a5c2
 _QKV = [f'attention.attention.{n}' for n in ('query', 'key', 'value')]
-HUGGING_FACE = dict( # how transformers calls the parts of each family
-    dinov2  = dict(tower='', patch='embeddings.patch_embeddings.projection', position='embeddings.position_embeddings', block='encoder.layer.', qkv=_QKV, antialias=True,
-                   parts={'attn.proj': 'attention.output.dense', 'norm1': 'norm1', 'norm2': 'norm2', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2',
-                          'ls1.gamma': 'layer_scale1.lambda1', 'ls2.gamma': 'layer_scale2.lambda1'}),
-    siglip2 = dict(tower='vision_model.', patch='embeddings.patch_embedding', position='embeddings.position_embedding.weight', block='encoder.layers.', antialias=False,
-                   qkv=[f'self_attn.{n}_proj' for n in 'qkv'],
-                   parts={'attn.proj': 'self_attn.out_proj', 'norm1': 'layer_norm1', 'norm2': 'layer_norm2', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2'}),
-    mae     = dict(tower='vit.', patch='embeddings.patch_embeddings.projection', position='embeddings.position_embeddings', block='encoder.layer.', qkv=_QKV, antialias=False,
-                   parts={'attn.proj': 'attention.output.dense', 'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'}),
+HUGGING_FACE = dict( # the names of transformers, one row per family; parts: timm's name -> theirs
+    dinov2 = dict(
+        tower='', block='encoder.layer.', antialias=True,
+        patch='embeddings.patch_embeddings.projection',
+        position='embeddings.position_embeddings', qkv=_QKV,
+        parts={'attn.proj': 'attention.output.dense', 'norm1': 'norm1', 'norm2': 'norm2',
+               'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2',
+               'ls1.gamma': 'layer_scale1.lambda1', 'ls2.gamma': 'layer_scale2.lambda1'}),
+    siglip2 = dict(
+        tower='vision_model.', block='encoder.layers.', antialias=False,
+        patch='embeddings.patch_embedding', position='embeddings.position_embedding.weight',
+        qkv=[f'self_attn.{n}_proj' for n in 'qkv'],
+        parts={'attn.proj': 'self_attn.out_proj', 'norm1': 'layer_norm1', 'norm2': 'layer_norm2',
+               'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2'}),
+    mae = dict(
+        tower='vit.', block='encoder.layer.', antialias=False,
+        patch='embeddings.patch_embeddings.projection',
+        position='embeddings.position_embeddings', qkv=_QKV,
+        parts={'attn.proj': 'attention.output.dense', 'norm1': 'layernorm_before',
+               'norm2': 'layernorm_after', 'mlp.fc1': 'intermediate.dense',
+               'mlp.fc2': 'output.dense'}),
 )
+
+# %% ../../nbs/networks/02_released.ipynb #3fa3664c
+ENDS = ('.weight', '.bias', '') # of a tensor's name; the layer scales have no end
 
 def _names(family, depth):
     "(timm's name, transformers' names) of every linear map, norm and layer scale"
@@ -54,50 +69,78 @@ def resize_positions(
     "Bicubic in float32, as transformers does it; unchanged if the size is right"
     old = math.isqrt(position.shape[1])
     if old == side: return position
-    grid = position.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    return F.interpolate(grid, size=(side, side), mode='bicubic', align_corners=False, antialias=antialias).permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    grid = position.float().unflatten(1, (old, old)).permute(0, 3, 1, 2) # [1, D, n, n]
+    grid = F.interpolate(grid, size=(side, side), mode='bicubic', align_corners=False,
+                         antialias=antialias)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
 
+# %% ../../nbs/networks/02_released.ipynb #39ffeef4
+def _renamed(state, family):
+    "The linear maps, norms and layer scales of `state` under timm's names"
+    block = HUGGING_FACE[family]['block']
+    numbers = [int(k[len(block):].split('.')[0]) for k in state if k.startswith(block)]
+    out = {}
+    for ours, theirs in _names(family, 1 + max(numbers, default=-1)):
+        for end in ENDS:
+            parts = [state[t + end] for t in theirs if t + end in state]
+            if len(parts) < len(theirs): continue
+            out[ours + end] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return out
+
+# %% ../../nbs/networks/02_released.ipynb #c43225ce
 def from_hugging_face(
     state:dict, # name -> tensor, transformers' names
     family:str, # dinov2, siglip2 or mae
     side:int=16, # tokens per side
 )->dict: # name -> tensor, timm's names
-    "Rename an encoder's weights; what an RAE encoder does not use (final norm, mask token, heads, other towers) is left behind"
+    "Rename an encoder's weights; what an RAE encoder does not use is left out"
     n = HUGGING_FACE[family]
     state = {k.removeprefix(n['tower']): v for k, v in state.items()}
-    depth = 1 + max((int(k[len(n['block']):].split('.')[0]) for k in state if k.startswith(n['block'])), default=-1)
-    out = {ours + end: torch.cat([state[t + end] for t in theirs]) if len(theirs) > 1 else state[theirs[0] + end]
-           for ours, theirs in _names(family, depth) for end in ('.weight', '.bias', '') if all(t + end in state for t in theirs)}
-    if n['position'] not in state: return out # and whoever fills a model with it will hear of what is missing
+    out = _renamed(state, family)
+    if n['position'] not in state: return out # loading is strict and will name what is missing
     position = state[n['position']].view(1, -1, state[n['position']].shape[-1]) # [1, n, D]
-    if 'embeddings.cls_token' in state: out['cls_token'], position = state['embeddings.cls_token'] + position[:, :1], position[:, 1:]
-    if 'embeddings.register_tokens' in state: out['reg_token'] = state['embeddings.register_tokens']
+    if 'embeddings.cls_token' in state:
+        out['cls_token'] = state['embeddings.cls_token'] + position[:, :1]
+        position = position[:, 1:]
+    if 'embeddings.register_tokens' in state:
+        out['reg_token'] = state['embeddings.register_tokens']
     return {**out, 'pos_embed': resize_positions(position, side, n['antialias'])}
 
+# %% ../../nbs/networks/02_released.ipynb #e762a3f2
 def to_hugging_face(
     state:dict, # name -> tensor, timm's names
     family:str, # dinov2, siglip2 or mae
 )->dict: # name -> tensor, transformers' names, without the family's prefix
-    "The inverse, at the position grid that the weights have; the class token's own position is zero"
-    n, out = HUGGING_FACE[family], {}
-    for ours, theirs in _names(family, sum(k.endswith('attn.qkv.weight') for k in state)):
-        for end in ('.weight', '.bias', ''):
-            if ours + end in state: out.update(zip((t + end for t in theirs), state[ours + end].chunk(len(theirs))))
+    "The inverse, on the weights' own position grid; the class token's own position is zero"
+    out, depth = {}, sum(k.endswith('attn.qkv.weight') for k in state)
+    for ours, theirs in _names(family, depth):
+        for end in ENDS:
+            if ours + end not in state: continue
+            parts = state[ours + end].chunk(len(theirs))
+            out.update(zip((t + end for t in theirs), parts))
     position = state['pos_embed']
-    if 'cls_token' in state: out['embeddings.cls_token'], position = state['cls_token'], torch.cat([torch.zeros_like(position[:, :1]), position], 1)
+    if 'cls_token' in state:
+        out['embeddings.cls_token'] = state['cls_token']
+        position = torch.cat([torch.zeros_like(position[:, :1]), position], 1)
     if 'reg_token' in state: out['embeddings.register_tokens'] = state['reg_token']
-    return {**out, n['position']: position[0] if family == 'siglip2' else position}
+    if family == 'siglip2': position = position[0]
+    return {**out, HUGGING_FACE[family]['position']: position}
 
 # %% ../../nbs/networks/02_released.ipynb #fcdff9dc
-ENCODER_REPOSITORIES = dict(dinov2='facebook/dinov2-with-registers-base', siglip2='google/siglip2-base-patch16-256', mae='facebook/vit-mae-base')
+def _in_folder(folder, paths, shas):
+    "The first of `paths` that a folder holds, its digest checked"
+    for p in paths:
+        if not (Path(folder)/p).is_file(): continue
+        check_sha256(Path(folder)/p, shas.get(p, ''))
+        return Path(folder)/p
+    others = ''.join(f", or {p}" for p in paths[1:])
+    raise ParameterError(
+        f"no file {Path(folder)/paths[0]}: expected in the folder {str(folder)!r}" + others)
 
 def _in_source(source, paths, revision=None, shas={}):
     "The first of `paths` that a folder or a repository has, as a local file"
     if Path(source).is_file(): return Path(source)
-    if Path(source).is_dir():
-        for p in paths:
-            if (Path(source)/p).is_file(): check_sha256(Path(source)/p, shas.get(p, '')); return Path(source)/p
-        raise ParameterError(f"no file {Path(source)/paths[0]}: expected in the folder {str(source)!r}" + ''.join(f", or {p}" for p in paths[1:]))
+    if Path(source).is_dir(): return _in_folder(source, paths, shas)
     first = None
     for p in paths:
         try: return fetch_file(source, p, revision, shas.get(p, ''))
@@ -106,52 +149,92 @@ def _in_source(source, paths, revision=None, shas={}):
             first = first or e
     raise first
 
+# %% ../../nbs/networks/02_released.ipynb #73f3c447
 def read_safetensors(
-    path:str|Path, # a .safetensors file, of anybody
+    path:str|Path, # a .safetensors file of any origin
     prefix:str='', # only tensors whose names begin with this are read
 )->dict: # name -> tensor
-    "Tensors of a safetensors file; one sentence if it is damaged"
+    "Tensors of a safetensors file; a clear message if the file is damaged"
     try:
-        with safe_open(str(path), framework='pt') as f: return {k: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}
-    except SafetensorError as e: raise ParameterError(f"{path} is not a whole safetensors file ({e})") from e
+        with safe_open(str(path), framework='pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}
+    except SafetensorError as e:
+        raise ParameterError(f"{path} is not a whole safetensors file ({e})") from e
 
+# %% ../../nbs/networks/02_released.ipynb #95b52de7
+ENCODER_REPOSITORIES = dict(
+    dinov2='facebook/dinov2-with-registers-base',
+    siglip2='google/siglip2-base-patch16-256',
+    mae='facebook/vit-mae-base')
+
+def _tower(path, prefix):
+    "The tensors of a file whose names begin with `prefix`"
+    if path.suffix == '.safetensors': return read_safetensors(path, prefix)
+    return {k: v for k, v in read_checkpoint(path).items() if k.startswith(prefix)}
+
+# %% ../../nbs/networks/02_released.ipynb #55b0cbfa
 def load_encoder(
     name:str='dinov2', # dinov2, siglip2 or mae
-    source:str|Path='', # repository, folder or file with transformers' weights; empty = the official repository
+    source:str|Path='', # repository, folder or file; empty = the official repository
     revision:str=None, # of the repository; None = the newest
     **changes, # of the preset: input_size, or the sizes of a small encoder
 )->Encoder: # frozen, in evaluation mode
     "A released encoder"
-    if name not in HUGGING_FACE: raise ParameterError(f"encoder {name!r}: accepted is one of {', '.join(HUGGING_FACE)}")
-    path = _in_source(source or ENCODER_REPOSITORIES[name], ['model.safetensors', 'pytorch_model.bin'], revision, {} if source else _shas(ENCODER_REPOSITORIES[name], revision))
-    tower = HUGGING_FACE[name]['tower']
-    state = read_safetensors(path, tower) if path.suffix == '.safetensors' else {k: v for k, v in read_checkpoint(path).items() if k.startswith(tower)}
+    if name not in HUGGING_FACE:
+        raise ParameterError(f"encoder {name!r}: accepted is one of {', '.join(HUGGING_FACE)}")
+    repository = ENCODER_REPOSITORIES[name]
+    shas = {} if source else _shas(repository, revision)
+    files = ['model.safetensors', 'pytorch_model.bin']
+    path = _in_source(source or repository, files, revision, shas)
+    state = _tower(path, HUGGING_FACE[name]['tower'])
     with torch.device('meta'): encoder = make_encoder(name, **changes)
-    fill(encoder.vit, from_hugging_face(state, name, encoder.vit.patch_embed.grid_size[0]), path)
+    side = encoder.vit.patch_embed.grid_size[0]
+    fill(encoder.vit, from_hugging_face(state, name, side), path)
     return encoder.requires_grad_(False)
 
 # %% ../../nbs/networks/02_released.ipynb #0cb55109
 COLLECTION = 'nyu-visionx/RAE-collections'
-_D, _S, _T = 'decoders/{}/model.pt', 'stats/{}/stat.pt', 'DiTs/Dinov2/wReg_base/{}/stage2_model.pt'
-OFFICIAL_RAES = { # encoder, image size that it sees, decoder, files
-    'dinov2-b':     dict(encoder='dinov2',  input_size=224, size='xl', decoder=_D.format('dinov2/wReg_base/ViTXL_n08'),       stats=_S.format('dinov2/wReg_base/imagenet1k')),
-    'dinov2-b-512': dict(encoder='dinov2',  input_size=448, size='xl', decoder=_D.format('dinov2/wReg_base/ViTXL_n08_i512'),  stats=_S.format('dinov2/wReg_base/imagenet1k_512')),
-    'siglip2-b':    dict(encoder='siglip2', input_size=256, size='xl', decoder=_D.format('siglip2/base_p16_i256/ViTXL_n08'),  stats=_S.format('siglip2/base_p16_i256/ImageNet1k')),
-    'mae-b':        dict(encoder='mae',     input_size=256, size='xl', decoder=_D.format('mae/base_p16/ViTXL_n08'),           stats=_S.format('mae/base_p16/ImageNet1k')),
+
+def _rae(encoder, input_size, decoder, stats):
+    "A row of `OFFICIAL_RAES`; every released decoder is a ViT-XL"
+    return dict(encoder=encoder, input_size=input_size, size='xl',
+                decoder=f'decoders/{decoder}/model.pt', stats=f'stats/{stats}/stat.pt')
+
+OFFICIAL_RAES = { # encoder, image size that it sees, folders of decoder and statistics
+    'dinov2-b':     _rae('dinov2',  224, 'dinov2/wReg_base/ViTXL_n08',
+                         'dinov2/wReg_base/imagenet1k'),
+    'dinov2-b-512': _rae('dinov2',  448, 'dinov2/wReg_base/ViTXL_n08_i512',
+                         'dinov2/wReg_base/imagenet1k_512'),
+    'siglip2-b':    _rae('siglip2', 256, 'siglip2/base_p16_i256/ViTXL_n08',
+                         'siglip2/base_p16_i256/ImageNet1k'),
+    'mae-b':        _rae('mae',     256, 'mae/base_p16/ViTXL_n08', 'mae/base_p16/ImageNet1k'),
 }
-OFFICIAL_TEACHERS = { # preset, tokens per side, file
-    'ditdh-xl':     dict(preset='xl', input_size=16, file=_T.format('ImageNet256/DiTDH-XL')),
-    'ditdh-s':      dict(preset='s',  input_size=16, file=_T.format('ImageNet256/DiTDH-S_ep14')), # the guide of autoguidance
-    'ditdh-xl-512': dict(preset='xl', input_size=32, file=_T.format('ImageNet512/DiTDH-XL_ep400')),
-    'ditdh-s-512':  dict(preset='s',  input_size=32, file=_T.format('ImageNet512/DiTDH-S_ep20')),
+
+# %% ../../nbs/networks/02_released.ipynb #4077a5a2
+def _flow_model(preset, input_size, folder):
+    "A row of `OFFICIAL_TEACHERS`"
+    return dict(preset=preset, input_size=input_size,
+                file=f'DiTs/Dinov2/wReg_base/{folder}/stage2_model.pt')
+
+OFFICIAL_TEACHERS = { # preset, tokens per side, folder
+    'ditdh-xl':     _flow_model('xl', 16, 'ImageNet256/DiTDH-XL'),
+    'ditdh-s':      _flow_model('s',  16, 'ImageNet256/DiTDH-S_ep14'), # the guide of autoguidance
+    'ditdh-xl-512': _flow_model('xl', 32, 'ImageNet512/DiTDH-XL_ep400'),
+    'ditdh-s-512':  _flow_model('s',  32, 'ImageNet512/DiTDH-S_ep20'),
 }
+
+# %% ../../nbs/networks/02_released.ipynb #e884fca7
 SHA256 = { # repository: (commit, file -> digest)
     COLLECTION: ('1be4f03273523431f099a934da4cf1940dc6039f', {
-        OFFICIAL_RAES['dinov2-b']['decoder']:  '5fedf7c9660476a709e122cef18385c917532914a23f034388e1c1a52bde2be6',
-        OFFICIAL_RAES['dinov2-b']['stats']:    '84ede66def5e6e3f25679334dc89cf63b12aacb99cbf0f5ae7ed4ad3187f7e59',
-        OFFICIAL_TEACHERS['ditdh-xl']['file']: 'fa5e0b0d4b1977a59908a87ec4c3c8a67ba2372f570028924fac24850f9458ed'}),
+        OFFICIAL_RAES['dinov2-b']['decoder']:
+            '5fedf7c9660476a709e122cef18385c917532914a23f034388e1c1a52bde2be6',
+        OFFICIAL_RAES['dinov2-b']['stats']:
+            '84ede66def5e6e3f25679334dc89cf63b12aacb99cbf0f5ae7ed4ad3187f7e59',
+        OFFICIAL_TEACHERS['ditdh-xl']['file']:
+            'fa5e0b0d4b1977a59908a87ec4c3c8a67ba2372f570028924fac24850f9458ed'}),
     ENCODER_REPOSITORIES['dinov2']: ('a1d738ccfa7ae170945f210395d99dde8adb1805', {
-        'model.safetensors': '7a6f7b3b9fa4b8732e707476a03cd6cdce210048582f21aafb7991c17d98e362'}),
+        'model.safetensors':
+            '7a6f7b3b9fa4b8732e707476a03cd6cdce210048582f21aafb7991c17d98e362'}),
 }
 
 def _shas(repo, revision=None):
@@ -159,10 +242,11 @@ def _shas(repo, revision=None):
     commit, digests = SHA256.get(repo, ('', {}))
     return digests if revision in (None, commit) else {}
 
+# %% ../../nbs/networks/02_released.ipynb #41d3d991
 def check_collection(
     folder:str|Path, # a copy of the collection on this machine
 )->list: # files whose digest is known and right
-    "One sentence (`ParameterError`) for the first file that is there and is not the released one"
+    "Compare the files that are there with their digests; a clear message for the first wrong one"
     there = [Path(folder)/p for p in _shas(COLLECTION) if (Path(folder)/p).is_file()]
     for p in there: check_sha256(p, _shas(COLLECTION)[p.relative_to(folder).as_posix()])
     return there
@@ -170,81 +254,97 @@ def check_collection(
 # %% ../../nbs/networks/02_released.ipynb #2eec15dc
 def load_decoder(
     path:str|Path, # model.pt, or a stage-1 training checkpoint
-    config:dict, # of `RAEDecoder`
+    config:dict, # of RAEDecoder
 )->RAEDecoder: # in evaluation mode
-    "An official decoder; one sentence if the file is damaged or of another architecture"
+    "An official decoder; a clear message if the file is damaged or of another architecture"
     state = read_checkpoint(path)
-    if any(k.startswith('decoder.decoder_') for k in state): state = {k[8:]: v for k, v in state.items() if k.startswith('decoder.')}
+    if any(k.startswith('decoder.decoder_') for k in state):
+        state = {k[8:]: v for k, v in state.items() if k.startswith('decoder.')}
     with torch.device('meta'): decoder = RAEDecoder(config)
     width = config['decoder_hidden_size']
-    fixed = dict(trainable_cls_token=torch.zeros(1, 1, width),
-                 decoder_pos_embed=torch.cat([torch.zeros(1, width), sincos_positions(width, decoder.side)])[None])
+    positions = torch.cat([torch.zeros(1, width), sincos_positions(width, decoder.side)])
+    fixed = dict(trainable_cls_token=torch.zeros(1, 1, width), decoder_pos_embed=positions[None])
     return fill(decoder, {**fixed, **state}, path)
 
+# %% ../../nbs/networks/02_released.ipynb #f9df58f4
 def load_stats(
     path:str|Path, # stat.pt
     shape:tuple, # of one latent, (C, h, w)
 )->tuple: # mean and variance [C, h, w], float32; None = not there
     "Official latent statistics: a dictionary with `mean` and `var`, either of which may be None"
-    if not Path(path).is_file(): raise ParameterError(f"no file {path}: expected statistics with mean and var of shape {list(shape)}")
+    wanted = f"expected statistics with mean and var of shape {list(shape)}"
+    if not Path(path).is_file(): raise ParameterError(f"no file {path}: {wanted}")
+    damaged = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
     try: stats = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as e: raise ParameterError(f"{path} is not a whole PyTorch file: expected statistics with mean and var") from e
-    if not isinstance(stats, dict) or not {'mean', 'var'} & stats.keys(): raise ParameterError(f"{path} holds no statistics: expected a dictionary with mean and var")
-    for k in ('mean', 'var'):
-        v = stats.get(k)
-        if v is not None and tuple(v.shape) != tuple(shape): raise ParameterError(f"{path}: {k} has shape {list(v.shape)}, expected {list(shape)}")
-    return tuple(None if stats.get(k) is None else stats[k].float() for k in ('mean', 'var'))
+    except damaged as e:
+        raise ParameterError(f"{path} is not a whole PyTorch file: {wanted}") from e
+    if not isinstance(stats, dict) or not {'mean', 'var'} & stats.keys():
+        raise ParameterError(f"{path} holds no statistics: {wanted}")
+    found = [stats.get(k) for k in ('mean', 'var')]
+    for k, v in zip(('mean', 'var'), found):
+        if v is None or tuple(v.shape) == tuple(shape): continue
+        raise ParameterError(f"{path}: {k} has shape {list(v.shape)}, expected {list(shape)}")
+    return tuple(None if v is None else v.float() for v in found)
 
 # %% ../../nbs/networks/02_released.ipynb #8f6f9a6b
+def _row(table, name):
+    "The row of a released model, or a clear message"
+    if name in table: return table[name]
+    raise ParameterError(f"{name!r} was not released: accepted is one of {', '.join(table)}")
+
 def decoder_config(
-    name:str='dinov2-b', # a row of `OFFICIAL_RAES`
+    name:str='dinov2-b', # a row of OFFICIAL_RAES
     size:str='', # b, l or xl; empty = the released one
-)->dict: # keywords for `RAEDecoder`
+)->dict: # keywords for RAEDecoder
     "The official decoder's configuration: pixels are in the encoder's units"
     row = _row(OFFICIAL_RAES, name)
-    e = ENCODERS[row['encoder']]
+    encoder = ENCODERS[row['encoder']]
     side = row['input_size']//(14 if row['encoder'] == 'dinov2' else 16)
-    pixels = {k: e[k] for k in ('image_mean', 'image_std') if k in e}
+    pixels = {k: encoder[k] for k in ('image_mean', 'image_std') if k in encoder}
     return {**DECODERS[size or row['size']], 'num_patches': side*side, **pixels}
-
-def _row(table, name):
-    if name not in table: raise ParameterError(f"{name!r} was not released: accepted is one of {', '.join(table)}")
-    return table[name]
 
 # %% ../../nbs/networks/02_released.ipynb #fb75682b
 def official_teacher(
-    name:str|Path='ditdh-xl', # a row of `OFFICIAL_TEACHERS`, the collection, or a folder in its layout
+    name:str|Path='ditdh-xl', # a row of OFFICIAL_TEACHERS, the collection or a folder like it
     model:str='xl', # which flow model of the collection or folder
     revision:str=None, # of the collection
-): # (file, preset name, tokens per side), or None if `name` is none of these
+): # (file, preset name, tokens per side), or None if name is none of these
     "A released flow model's file, fetched if need be"
     name, row = str(name), OFFICIAL_TEACHERS.get(f'ditdh-{model}')
     here = row is not None and (Path(name)/row['file']).is_file()
-    if name in OFFICIAL_TEACHERS and not Path(name).exists(): row, name = OFFICIAL_TEACHERS[name], COLLECTION
+    if name in OFFICIAL_TEACHERS and not Path(name).exists():
+        row, name = OFFICIAL_TEACHERS[name], COLLECTION
     elif name == COLLECTION: row = _row(OFFICIAL_TEACHERS, f'ditdh-{model}')
     elif not here: return None
-    return _in_source(name, [row['file']], revision, _shas(name, revision)), row['preset'], row['input_size']
+    file = _in_source(name, [row['file']], revision, _shas(name, revision))
+    return file, row['preset'], row['input_size']
 
 # %% ../../nbs/networks/02_released.ipynb #970fa149
+def _bare(state):
+    "A copy of each tensor on the CPU"
+    return {k: v if v is None else v.detach().cpu().clone() for k, v in state.items()}
+
+def _save_pt(path, what):
+    "Write a PyTorch file whole or not at all; the path"
+    with atomic(path) as f: torch.save(what, f)
+    return path
+
 def export_official(
-    rae:nn.Module, # an `RAE`: its decoder and statistics are written
+    rae:nn.Module, # an RAE: its decoder and statistics are written
     folder:str|Path, # receives the collection's folders
-    name:str='dinov2-b', # the row of `OFFICIAL_RAES` whose paths are used
+    name:str='dinov2-b', # the row of OFFICIAL_RAES whose paths are used
 )->list: # the paths written
     "Write decoder and statistics as the official code reads them"
     row, stats = _row(OFFICIAL_RAES, name), dict(mean=rae.latent_mean, var=rae.latent_var)
-    return [_save_pt(Path(folder)/row['decoder'], _bare(rae.decoder.state_dict())), _save_pt(Path(folder)/row['stats'], _bare(stats))]
+    return [_save_pt(Path(folder)/row['decoder'], _bare(rae.decoder.state_dict())),
+            _save_pt(Path(folder)/row['stats'], _bare(stats))]
 
+# %% ../../nbs/networks/02_released.ipynb #f9b6324c
 def export_teacher(
     model:nn.Module, # a DiT^DH
     folder:str|Path, # receives the collection's folders
-    name:str='ditdh-xl', # the row of `OFFICIAL_TEACHERS` whose path is used
+    name:str='ditdh-xl', # the row of OFFICIAL_TEACHERS whose path is used
 )->Path: # the file written
     "Write a flow model as the official code reads it: a checkpoint with the part 'ema'"
-    return _save_pt(Path(folder)/_row(OFFICIAL_TEACHERS, name)['file'], dict(ema=_bare(model.state_dict())))
-
-def _bare(state): return {k: v if v is None else v.detach().cpu().clone() for k, v in state.items()}
-
-def _save_pt(path, what):
-    with atomic(path) as f: torch.save(what, f)
-    return path
+    state = dict(ema=_bare(model.state_dict()))
+    return _save_pt(Path(folder)/_row(OFFICIAL_TEACHERS, name)['file'], state)

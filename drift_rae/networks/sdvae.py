@@ -9,6 +9,7 @@ __all__ = ['SCALE', 'SD_VAE', 'SDVAE', 'sd_network', 'load_sdvae', 'patches', 'P
 import json
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..engine.files import fill
 from ..engine.parameters import ParameterError
@@ -19,78 +20,128 @@ from .released import read_safetensors
 SCALE = .18215 # DiT's, and Stable Diffusion's
 
 class SDVAE(nn.Module):
-    "SD-VAE with the interface of `RAE`: `encode` images in [0, 1] to scaled latents, `decode` them back"
+    "SD-VAE with the interface of `RAE`: `encode` images to scaled latents, `decode` them back"
     def __init__(self,
-        network:nn.Module, # `diffusers.AutoencoderKL`
+        network:nn.Module, # AutoencoderKL of diffusers
         sample:bool=True, # latents are samples of the posterior; False = its mean
         scale:float=SCALE, # latents are multiplied by this
-        image_size:int=256, # only to know `latent_shape`
+        image_size:int=256, # height and width of the images, of which latent_shape follows
     ):
         super().__init__()
-        self.network, self.sample, self.scale, self.image_size = network.eval().requires_grad_(False), sample, scale, image_size
+        self.network = network.eval().requires_grad_(False)
+        self.sample, self.scale, self.image_size = sample, scale, image_size
 
     @property
     def latent_shape(self):
+        "Shape (C, h, w) of one latent"
         c = self.network.config
         side = self.image_size//2**(len(c['block_out_channels'])-1)
         return (c['latent_channels'], side, side)
 
-    def posterior(self, images:Tensor)->tuple: # images [N, 3, H, W] in [0, 1] -> mean, log-variance [N, 4, H/8, W/8]
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images have shape {tuple(images.shape)}: expected [N, 3, H, W]")
-        p = self.network.encode(2*images - 1).latent_dist
-        return p.mean, p.logvar
+# %% ../../nbs/networks/03_sdvae.ipynb #4d2809d4
+@patch
+def posterior(self:SDVAE,
+    images:Tensor, # [N, 3, H, W] in [0, 1]
+)->tuple: # mean and log-variance, each [N, 4, H/8, W/8], not scaled
+    "The Gaussian that the encoder gives; a ValueError if the shape is not that of RGB images"
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}: expected [N, 3, H, W]")
+    p = self.network.encode(2*images - 1).latent_dist
+    return p.mean, p.logvar
 
-    def encode(self, images:Tensor, generator:torch.Generator=None)->Tensor: # images -> latents [N, 4, H/8, W/8]
-        mean, log_var = self.posterior(images)
-        if not self.sample: return self.scale*mean
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device).to(mean)
-        return self.scale*(mean + (log_var/2).exp()*noise)
+# %% ../../nbs/networks/03_sdvae.ipynb #06239041
+@patch
+def encode(self:SDVAE,
+    images:Tensor, # [N, 3, H, W] in [0, 1]
+    generator:torch.Generator=None, # source of the posterior's noise; None = the global stream
+)->Tensor: # latents [N, 4, H/8, W/8]
+    "A scaled sample of the posterior for each image, or its scaled mean"
+    mean, log_var = self.posterior(images)
+    if not self.sample: return self.scale*mean
+    device = generator.device if generator else mean.device
+    noise = torch.randn(mean.shape, generator=generator, device=device).to(mean)
+    return self.scale*(mean + (log_var/2).exp()*noise)
 
-    def decode(self, latents:Tensor, clamp:bool=True)->Tensor: # latents [N, 4, h, w] -> images [N, 3, 8h, 8w]
-        images = (self.network.decode(latents/self.scale).sample + 1)/2
-        return images.clamp(0, 1) if clamp else images
+# %% ../../nbs/networks/03_sdvae.ipynb #e01f971a
+@patch
+def decode(self:SDVAE,
+    latents:Tensor, # [N, 4, h, w], scaled
+    clamp:bool=True, # limit the images to [0, 1]
+)->Tensor: # images [N, 3, 8h, 8w]
+    "Images of scaled latents"
+    images = (self.network.decode(latents/self.scale).sample + 1)/2
+    return images.clamp(0, 1) if clamp else images
 
 # %% ../../nbs/networks/03_sdvae.ipynb #602e5764
-SD_VAE = dict( # keywords for `diffusers.AutoencoderKL`
-    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[128, 256, 512, 512], layers_per_block=2, act_fn='silu', norm_num_groups=32, sample_size=256,
+SD_VAE = dict( # keywords for diffusers.AutoencoderKL
+    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[128, 256, 512, 512],
+    layers_per_block=2, act_fn='silu', norm_num_groups=32, sample_size=256,
     down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
 
 def sd_network(
-    config:dict=SD_VAE, # keywords for `diffusers.AutoencoderKL`; names that begin with _ are ignored
+    config:dict=SD_VAE, # keywords for diffusers.AutoencoderKL; names that begin with _ are ignored
 )->nn.Module: # with random weights
-    "SD-VAE's network; one sentence if diffusers is not installed"
+    "SD-VAE's network; a clear message if diffusers is not installed"
     try: from diffusers import AutoencoderKL
-    except ImportError as e: raise ParameterError(f"SD-VAE needs the package diffusers: pip install drift-rae[sdvae] ({e})") from e
+    except ImportError as e:
+        raise ParameterError(
+            f"SD-VAE needs the package diffusers: pip install drift-rae[sdvae] ({e})") from e
     return AutoencoderKL(**{k: v for k, v in config.items() if not k.startswith('_')})
 
+# %% ../../nbs/networks/03_sdvae.ipynb #9c1f837e
+_NEW = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
+def _new_name(key):
+    "The name of a tensor in today's diffusers"
+    *head, part, end = key.split('.')
+    if part not in _NEW or 'attentions' not in head: return key
+    return '.'.join([*head, _NEW[part], end])
+
 def _new_names(state):
-    "The attention layers' old names, replaced"
-    new = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
-    def rename(k):
-        *head, part, end = k.split('.')
-        return '.'.join([*head, new[part], end]) if part in new and 'attentions' in head else k
-    return {rename(k): v.flatten(1) if 'attentions' in k and v.ndim == 4 else v for k, v in state.items()}
+    "A state dict with the names and shapes of today's diffusers"
+    def matrix(k, v): return v.flatten(1) if 'attentions' in k and v.ndim == 4 else v
+    return {_new_name(k): matrix(k, v) for k, v in state.items()}
+
+# %% ../../nbs/networks/03_sdvae.ipynb #8bcaf63d
+_WEIGHTS = 'diffusion_pytorch_model.safetensors'
+
+def _sd_files(name_or_path, revision):
+    "Paths of configuration and weights; a clear message if a file is missing"
+    if is_repository(name_or_path):
+        folder = hub_folder(name_or_path, ('config.json', _WEIGHTS), revision)
+    else: folder = Path(name_or_path)
+    config, weights = folder/'config.json', folder/_WEIGHTS
+    if not weights.is_file() and weights.with_suffix('.bin').is_file():
+        weights = weights.with_suffix('.bin')
+    for f in (config, weights):
+        if f.is_file(): continue
+        raise ParameterError(f"no file {f}: expected SD-VAE's configuration and weights")
+    return config, weights
+
+# %% ../../nbs/networks/03_sdvae.ipynb #73d17c50
+def _sd_config(path):
+    "The configuration in a file and its network with random weights"
+    try:
+        config = json.loads(path.read_text())
+        return config, sd_network(config)
+    except ParameterError: raise
+    except (TypeError, ValueError) as e:
+        raise ParameterError(f"{path} is not the configuration of an AutoencoderKL ({e})") from e
 
 # %% ../../nbs/networks/03_sdvae.ipynb #9553e080
 def load_sdvae(
-    name_or_path:str|Path='stabilityai/sd-vae-ft-mse', # a repository of the Hub, or a folder with config.json and diffusion_pytorch_model.safetensors (or .bin)
+    name_or_path:str|Path='stabilityai/sd-vae-ft-mse', # repository, or folder in diffusers' layout
     revision:str=None, # of the repository; None = the newest
     sample:bool=True, # latents are samples of the posterior; False = its mean
     scale:float=SCALE, # latents are multiplied by this
 )->SDVAE: # in evaluation mode
-    "Read SD-VAE; one sentence if diffusers or a file is missing, or a file is damaged or of another architecture"
-    sd_network(dict(block_out_channels=[1], norm_num_groups=1)) # without diffusers nothing is fetched
-    weights = 'diffusion_pytorch_model.safetensors'
-    folder = hub_folder(name_or_path, ('config.json', weights), revision) if is_repository(name_or_path) else Path(name_or_path)
-    if not (folder/weights).is_file() and (folder/weights).with_suffix('.bin').is_file(): weights = weights.replace('.safetensors', '.bin')
-    for f in ('config.json', weights):
-        if not (folder/f).is_file(): raise ParameterError(f"no file {folder/f}: expected SD-VAE's configuration and weights")
-    try: config = json.loads((folder/'config.json').read_text()); network = sd_network(config)
-    except (TypeError, ValueError) as e:
-        if isinstance(e, ParameterError): raise
-        raise ParameterError(f"{folder/'config.json'} is not the configuration of an AutoencoderKL ({e})") from e
-    state = (read_safetensors if weights.endswith('.safetensors') else read_checkpoint)(folder/weights)
-    return SDVAE(fill(network, _new_names(state), folder/weights), sample, scale, config.get('sample_size', 256))
+    "Read SD-VAE; a clear message if diffusers or a file is missing, damaged or of another network"
+    sd_network(dict(block_out_channels=[1], norm_num_groups=1)) # without diffusers, no download
+    config_file, weights = _sd_files(name_or_path, revision)
+    config, network = _sd_config(config_file)
+    read = read_safetensors if weights.suffix == '.safetensors' else read_checkpoint
+    network = fill(network, _new_names(read(weights)), weights)
+    return SDVAE(network, sample, scale, config.get('sample_size', 256))
 
 # %% ../../nbs/networks/03_sdvae.ipynb #ee811045
 def patches(
@@ -105,15 +156,23 @@ class PatchedSDVAE(SDVAE):
     "SD-VAE whose latents are patches of 2 x 2: 16 channels, half the side"
     @property
     def latent_shape(self):
+        "Shape (C, h, w) of one latent"
         c, h, w = super().latent_shape
         return (4*c, h//2, w//2)
-    def encode(self, images:Tensor, generator:torch.Generator=None)->Tensor: return patches(super().encode(images, generator)) # -> [N, 16, H/16, W/16]
-    def decode(self, latents:Tensor, clamp:bool=True)->Tensor: return super().decode(nn.functional.pixel_shuffle(latents, 2), clamp) # the inverse of `patches`, then images
 
+    def encode(self, images:Tensor, generator:torch.Generator=None)->Tensor:
+        "Latents [N, 16, H/16, W/16] of images [N, 3, H, W] in [0, 1]; see `SDVAE.encode`"
+        return patches(super().encode(images, generator))
+
+    def decode(self, latents:Tensor, clamp:bool=True)->Tensor:
+        "Images [N, 3, 16h, 16w] of latents [N, 16, h, w]; `clamp` limits them to [0, 1]"
+        return super().decode(nn.functional.pixel_shuffle(latents, 2), clamp)
+
+# %% ../../nbs/networks/03_sdvae.ipynb #32c1449f
 def open_sdvae(
-    name_or_path:str|Path, # as for `load_sdvae`
+    name_or_path:str|Path, # as for load_sdvae
     revision:str=None, # of a repository
 )->PatchedSDVAE: # in evaluation mode
-    "What `RAE.from_pretrained` returns for SD-VAE's files"
+    "The autoencoder that `RAE.from_pretrained` returns for SD-VAE's files"
     vae = load_sdvae(name_or_path, revision)
     return PatchedSDVAE(vae.network, vae.sample, vae.scale, vae.image_size).eval()

@@ -11,15 +11,36 @@ import math
 from ..engine.parameters import ParameterError
 import timm, torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/networks/01_vit.ipynb #e1eacb71
+# %% ../../nbs/networks/01_vit.ipynb #08468ab1
+def _transformer(arch, norm_eps, **options):
+    "A vision transformer of timm without head, whose last LayerNorm has no affine parameters"
+    if not timm.models.is_model_in_modules(arch, ['vision_transformer']):
+        raise ParameterError(
+            f"encoder architecture {arch!r}: accepted is a plain vision transformer of "
+            f"timm {timm.__version__}, such as vit_base_patch14_reg4_dinov2")
+    vit = timm.create_model(arch, num_classes=0, **options)
+    vit.norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False)
+    for m in vit.modules():
+        if isinstance(m, nn.LayerNorm): m.eps = norm_eps
+    return vit
+
+# %% ../../nbs/networks/01_vit.ipynb #a60071fc
 IMAGENET_MEAN, IMAGENET_STD = [.485, .456, .406], [.229, .224, .225]
 
+def _colour_buffers(module, mean, std):
+    "Give a module the buffers `mean` and `std` [1, 3, 1, 1], which its state dict does not contain"
+    for name, value in (('mean', mean), ('std', std)):
+        value = torch.tensor(value, device='cpu').view(1, 3, 1, 1)
+        module.register_buffer(name, value, persistent=False)
+
+# %% ../../nbs/networks/01_vit.ipynb #e1eacb71
 class Encoder(nn.Module):
     "A frozen vision transformer whose patch tokens are the latents; final LayerNorm without affine"
     def __init__(self,
-        arch:str='vit_base_patch14_reg4_dinov2', # a vision transformer that timm knows
+        arch:str='vit_base_patch14_reg4_dinov2', # a vision transformer of timm
         input_size:int=224, # images are resized to this (bicubic) before the transformer
         image_mean:list=IMAGENET_MEAN, # subtracted per colour channel
         image_std:list=IMAGENET_STD, # divided by, per colour channel
@@ -28,40 +49,48 @@ class Encoder(nn.Module):
         **vit, # overrides for timm's constructor: patch_size, embed_dim, depth, ...
     ):
         super().__init__()
-        self.config = dict(arch=arch, input_size=input_size, image_mean=list(image_mean), image_std=list(image_std), **vit)
+        self.config = dict(arch=arch, input_size=input_size, image_mean=list(image_mean),
+                           image_std=list(image_std), **vit)
         if norm_eps != 1e-6: self.config['norm_eps'] = norm_eps
-        if not timm.models.is_model_in_modules(arch, ['vision_transformer']):
-            raise ParameterError(f"encoder architecture {arch!r}: accepted is a plain vision transformer of timm {timm.__version__}, such as vit_base_patch14_reg4_dinov2")
-        self.vit = timm.create_model(arch, pretrained=pretrained, img_size=input_size, num_classes=0, **vit)
-        self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
-        for m in self.vit.modules():
-            if isinstance(m, nn.LayerNorm): m.eps = norm_eps
+        self.vit = _transformer(arch, norm_eps, pretrained=pretrained, img_size=input_size, **vit)
         self.input_size, self.dim = input_size, self.vit.embed_dim
-        for name, value in (('mean', image_mean), ('std', image_std)): # real numbers even while the rest is on the meta device
-            self.register_buffer(name, torch.tensor(value, device='cpu').view(1, 3, 1, 1), persistent=False)
+        _colour_buffers(self, image_mean, image_std)
 
-    def forward(self, images:Tensor)->Tensor: # images [N, 3, H, W] in [0, 1] -> latents [N, C, h, w]
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images have shape {tuple(images.shape)}: expected [N, 3, H, W]")
-        if images.shape[-2:] != (self.input_size,)*2:
-            images = F.interpolate(images, size=(self.input_size,)*2, mode='bicubic', align_corners=False)
-        tokens = self.vit.forward_features((images - self.mean)/self.std)[:, self.vit.num_prefix_tokens:] # [N, T, D]
-        return tokens.transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
+# %% ../../nbs/networks/01_vit.ipynb #733d88f3
+@patch
+def forward(self:Encoder,
+    images:Tensor, # [N, 3, H, W] in [0, 1]
+)->Tensor: # latents [N, C, h, w]
+    "Encode images of any size; a ValueError if the shape is not that of RGB images"
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}: expected [N, 3, H, W]")
+    size = (self.input_size, self.input_size)
+    if images.shape[-2:] != size:
+        images = F.interpolate(images, size=size, mode='bicubic', align_corners=False)
+    tokens = self.vit.forward_features((images - self.mean)/self.std) # [N, prefix + T, D]
+    tokens = tokens[:, self.vit.num_prefix_tokens:] # [N, T, D]
+    return tokens.transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
 
 # %% ../../nbs/networks/01_vit.ipynb #783b61d1
-ENCODERS = dict( # one row per model
+ENCODERS = dict( # one row per encoder: keywords of Encoder
     tiny    = dict(arch='vit_tiny_patch16_224', input_size=16, image_mean=[.5]*3, image_std=[.5]*3,
-                   patch_size=4, embed_dim=32, depth=3, num_heads=4, class_token=False, global_pool='avg'),
+                   patch_size=4, embed_dim=32, depth=3, num_heads=4, class_token=False,
+                   global_pool='avg'),
     dinov2  = dict(arch='vit_base_patch14_reg4_dinov2', input_size=224),
-    siglip2 = dict(arch='vit_base_patch16_siglip_256', input_size=256, image_mean=[.5]*3, image_std=[.5]*3, act_layer='gelu_tanh', global_pool=''),
-    mae     = dict(arch='vit_base_patch16_224', input_size=256, norm_eps=1e-12, no_embed_class=True),
+    siglip2 = dict(arch='vit_base_patch16_siglip_256', input_size=256, image_mean=[.5]*3,
+                   image_std=[.5]*3, act_layer='gelu_tanh', global_pool=''),
+    mae     = dict(arch='vit_base_patch16_224', input_size=256, norm_eps=1e-12,
+                   no_embed_class=True),
 )
 
+# %% ../../nbs/networks/01_vit.ipynb #3436b45f
 def make_encoder(
-    name:str='dinov2', # a row of `ENCODERS`
+    name:str='dinov2', # a row of ENCODERS
     **changes, # of that row: input_size, depth, ...
-)->Encoder: # with random weights; `official.load_encoder` fills in the released ones
-    "The encoder of a preset; one sentence for an unknown name"
-    if name not in ENCODERS: raise ParameterError(f"encoder {name!r}: accepted is one of {', '.join(ENCODERS)}")
+)->Encoder: # with random weights; load_encoder in networks.released fills in the released ones
+    "The encoder of a preset; a clear message for an unknown name"
+    if name not in ENCODERS:
+        raise ParameterError(f"encoder {name!r}: accepted is one of {', '.join(ENCODERS)}")
     return Encoder(**{**ENCODERS[name], **changes})
 
 # %% ../../nbs/networks/01_vit.ipynb #7fe8fdbe
@@ -79,65 +108,104 @@ def sincos_positions(
 # %% ../../nbs/networks/01_vit.ipynb #b5d08311
 class DecoderLayer(nn.Module):
     "Pre-norm transformer layer with the official (ViT-MAE) parameter names"
-    def __init__(self, config:dict):
+    def __init__(self,
+        config:dict, # keywords as in DECODERS
+    ):
         super().__init__()
-        d, hidden, self.heads = config['decoder_hidden_size'], config['decoder_intermediate_size'], config['decoder_num_attention_heads']
+        d, hidden = config['decoder_hidden_size'], config['decoder_intermediate_size']
         bias, eps = config.get('qkv_bias', True), config.get('layer_norm_eps', 1e-12)
-        names = ('query', 'key', 'value')
+        self.heads = config['decoder_num_attention_heads']
+        projections = {n: nn.Linear(d, d, bias=bias) for n in ('query', 'key', 'value')}
         self.attention = nn.ModuleDict(dict(
-            attention=nn.ModuleDict({n: nn.Linear(d, d, bias=bias) for n in names}),
+            attention=nn.ModuleDict(projections),
             output=nn.ModuleDict(dict(dense=nn.Linear(d, d)))))
         self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(d, hidden)))
         self.output = nn.ModuleDict(dict(dense=nn.Linear(hidden, d)))
-        self.layernorm_before, self.layernorm_after = nn.LayerNorm(d, eps=eps), nn.LayerNorm(d, eps=eps)
+        self.layernorm_before = nn.LayerNorm(d, eps=eps)
+        self.layernorm_after = nn.LayerNorm(d, eps=eps)
 
-    def forward(self, x:Tensor)->Tensor: # [N, 1+T, D] -> the same
-        h = self.layernorm_before(x)
-        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in self.attention['attention'].values())
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.attention['output']['dense'](h)
-        return x + self.output['dense'](F.gelu(self.intermediate['dense'](self.layernorm_after(x))))
-
-# %% ../../nbs/networks/01_vit.ipynb #453e5520
-class RAEDecoder(nn.Module):
-    "The official RAE decoder: ViT from latent tokens to pixel patches, official configuration and state-dict keys"
-    def __init__(self, config:dict): # official keys: latent_dim, decoder_hidden_size, ..., decoder_patch_size, num_patches
-        super().__init__()
-        missing = [k for k in DECODERS['tiny'] if k not in config and not k.startswith('image_')]
-        if missing: raise ValueError(f"the decoder's configuration lacks {', '.join(missing)}")
-        if config.get('hidden_act', 'gelu') != 'gelu': raise ValueError(f"hidden_act={config['hidden_act']!r}: accepted is gelu")
-        self.config, d, self.side = dict(config), config['decoder_hidden_size'], math.isqrt(config['num_patches'])
-        self.decoder_embed = nn.Linear(config['latent_dim'], d)
-        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, d))
-        positions = torch.cat([torch.zeros(1, d), sincos_positions(d, self.side)])
-        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config['decoder_num_hidden_layers']))
-        self.decoder_norm = nn.LayerNorm(d, eps=config.get('layer_norm_eps', 1e-12))
-        self.decoder_pred = nn.Linear(d, config['decoder_patch_size']**2*config.get('num_channels', 3))
-        for name, default in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)): # pixels are predicted in the encoder's units
-            self.register_buffer(name, torch.tensor(config.get(f'image_{name}', default), device='cpu').view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, latents:Tensor)->Tensor: # [N, C, h, w] -> patch logits [N, h*w, p*p*3]
-        wanted = (self.config['latent_dim'], self.side, self.side)
-        if latents.ndim != 4 or latents.shape[1:] != wanted:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}: this decoder expects [N, {wanted[0]}, {wanted[1]}, {wanted[2]}]")
-        x = self.decoder_embed(latents.flatten(2).transpose(1, 2)) # [N, T, D]
-        x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], 1) + self.decoder_pos_embed
-        for layer in self.decoder_layers: x = layer(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
-
-    def unpatchify(self, logits:Tensor)->Tensor: # [N, h*w, p*p*3] -> [N, 3, h*p, w*p], still in the encoder's units
-        "Patch pixels are ordered (row, column, colour)"
-        p, s = self.config['decoder_patch_size'], self.side
-        return logits.view(-1, s, s, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, s*p, s*p)
+# %% ../../nbs/networks/01_vit.ipynb #9a906ba1
+@patch
+def forward(self:DecoderLayer,
+    x:Tensor, # tokens [N, 1+T, D], the class token first
+)->Tensor: # [N, 1+T, D]
+    "Attention, then the perceptron, each added to its input"
+    h = self.layernorm_before(x)
+    q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) # each [N, heads, 1+T, D/heads]
+               for f in self.attention['attention'].values())
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x + self.attention['output']['dense'](h)
+    hidden = self.intermediate['dense']
+    return x + self.output['dense'](F.gelu(hidden(self.layernorm_after(x))))
 
 # %% ../../nbs/networks/01_vit.ipynb #a8418cc2
-def _decoder(latent_dim, width, depth, heads, hidden, patch, side, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    return dict(image_mean=mean, image_std=std, latent_dim=latent_dim, decoder_hidden_size=width, decoder_num_hidden_layers=depth, decoder_num_attention_heads=heads,
-                decoder_intermediate_size=hidden, decoder_patch_size=patch, num_patches=side*side)
+def _decoder(latent_dim, width, depth, heads, hidden, patch, side,
+             mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    "A row of `DECODERS` under the official names"
+    return dict(
+        image_mean=mean, image_std=std, latent_dim=latent_dim, decoder_hidden_size=width,
+        decoder_num_hidden_layers=depth, decoder_num_attention_heads=heads,
+        decoder_intermediate_size=hidden, decoder_patch_size=patch, num_patches=side*side)
+
 DECODERS = dict( # C, width, depth, heads, MLP, patch, tokens per side
     tiny = _decoder( 32,   64,  3,  4,  256,  4,  4, [.5]*3, [.5]*3),
     b    = _decoder(768,  768, 12, 12, 3072, 16, 16),
     l    = _decoder(768, 1024, 24, 16, 4096, 16, 16),
     xl   = _decoder(768, 1152, 28, 16, 4096, 16, 16),
 )
+
+# %% ../../nbs/networks/01_vit.ipynb #be8968ba
+def _check_decoder(config):
+    "A clear message (ValueError) for a decoder configuration that cannot be built"
+    needed = [k for k in DECODERS['tiny'] if not k.startswith('image_')]
+    missing = [k for k in needed if k not in config]
+    if missing: raise ValueError(f"the decoder's configuration lacks {', '.join(missing)}")
+    if config.get('hidden_act', 'gelu') != 'gelu':
+        raise ValueError(f"hidden_act={config['hidden_act']!r}: accepted is gelu")
+
+# %% ../../nbs/networks/01_vit.ipynb #453e5520
+class RAEDecoder(nn.Module):
+    "The official RAE decoder: a ViT from latents [N, C, h, w] to patch logits [N, h*w, p*p*3]"
+    def __init__(self,
+        config:dict, # official keys, as in DECODERS: latent_dim, decoder_hidden_size, ...
+    ):
+        super().__init__()
+        _check_decoder(config)
+        d, depth = config['decoder_hidden_size'], config['decoder_num_hidden_layers']
+        pixels = config['decoder_patch_size']**2*config.get('num_channels', 3)
+        self.config, self.side = dict(config), math.isqrt(config['num_patches'])
+        self.decoder_embed = nn.Linear(config['latent_dim'], d)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, d))
+        positions = torch.cat([torch.zeros(1, d), sincos_positions(d, self.side)])
+        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(d, eps=config.get('layer_norm_eps', 1e-12))
+        self.decoder_pred = nn.Linear(d, pixels)
+        _colour_buffers(self, config.get('image_mean', IMAGENET_MEAN),
+                        config.get('image_std', IMAGENET_STD))
+
+# %% ../../nbs/networks/01_vit.ipynb #ad205392
+@patch
+def forward(self:RAEDecoder,
+    latents:Tensor, # [N, C, h, w], as the encoder gives them
+)->Tensor: # patch logits [N, h*w, p*p*3], pixels in the encoder's units
+    "Decode latents to patches; a ValueError for latents of another shape"
+    c, s = self.config['latent_dim'], self.side
+    if latents.ndim != 4 or latents.shape[1:] != (c, s, s):
+        raise ValueError(f"latents have shape {tuple(latents.shape)}: "
+                         f"this decoder expects [N, {c}, {s}, {s}]")
+    x = self.decoder_embed(latents.flatten(2).transpose(1, 2)) # [N, T, D]
+    x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], 1) # [N, 1+T, D]
+    x = x + self.decoder_pos_embed
+    for layer in self.decoder_layers: x = layer(x)
+    return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+# %% ../../nbs/networks/01_vit.ipynb #ad7f8cc7
+@patch
+def unpatchify(self:RAEDecoder,
+    logits:Tensor, # [N, h*w, p*p*3]
+)->Tensor: # [N, 3, h*p, w*p], still in the encoder's units
+    "Put patches together to images; the numbers of a patch are ordered (row, column, colour)"
+    p, s = self.config['decoder_patch_size'], self.side
+    grid = logits.view(-1, s, s, p, p, 3).permute(0, 5, 1, 3, 2, 4) # [N, 3, h, p, w, p]
+    return grid.reshape(-1, 3, s*p, s*p)
