@@ -21,7 +21,7 @@ from .engine.files import fill, load_weights, save_weights, weights_path
 from .engine.parameters import MODELS, ParameterError
 from .engine.training import linear_decay, train
 from .engine.streams import stream
-from .engine import launch
+from .engine import launch, sharding
 from .networks.ditdh import DiTDH, preset
 from .networks.released import OFFICIAL_TEACHERS, official_teacher
 from .engine.hub import hub_folder, is_repository, read_checkpoint
@@ -201,7 +201,7 @@ def flow_gradient(
     batch = (latents, *flow_draw(latents, shift, flow.time, generator), labels)
     for i in range(0, n, part):
         x, t, noise, y = (a[i:i+part] for a in batch)
-        with launch.accumulate(network, i + len(x) == n):
+        with sharding.accumulate(network, i + len(x) == n):
             with _precision(flow, x.device):
                 v = network(flow_path(x, noise, t), t, y)
                 loss = F.mse_loss(v, flow_velocity(x, noise))*(len(x)/n)

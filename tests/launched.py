@@ -10,9 +10,11 @@ from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.training import ema_update
 from drift_rae.networks.ditdh import DiTDH
 from drift_rae.engine.launch import (
-    Interrupted, accumulate, all_any, all_mean, barrier, broadcast_object, catch_signals,
-    clip_grad_norm, device, full_optimiser_state, full_state, is_main, launch,
-    load_full_optimiser_state, load_full_state, rank, share, unwrap, world_size, wrap)
+    Interrupted, all_any, all_mean, barrier, broadcast_object, catch_signals, device, is_main,
+    launch, rank, share, world_size)
+from drift_rae.engine.sharding import (
+    accumulate, clip_grad_norm, full_optimiser_state, full_state, load_full_optimiser_state,
+    load_full_state, unwrap, wrap)
 
 CLASSES, HALF, STEPS = 4, 1, 2
 

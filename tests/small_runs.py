@@ -2,8 +2,7 @@
 import os, signal, sys, time
 from dataclasses import replace
 import torch
-from drift_rae.engine import launch
-from drift_rae.engine import training
+from drift_rae.engine import checkpoints, launch, sharding
 from drift_rae.networks.ditdh import DiTDH
 from drift_rae.distill import distill
 from drift_rae.parts.latents import sort_by_class
@@ -38,7 +37,7 @@ class Autoencoder(torch.nn.Module):
 
 def result(model, rows):
     "Losses, figures and averaged weights as plain numbers"
-    return [[r[k] for k in r if k not in ('seconds', 'memory_gib', 'images_per_second')] for r in rows], torch.cat([p.flatten() for p in launch.full_state(model).values()]) if launch.is_main() else launch.full_state(model)
+    return [[r[k] for k in r if k not in ('seconds', 'memory_gib', 'images_per_second')] for r in rows], torch.cat([p.flatten() for p in sharding.full_state(model).values()]) if launch.is_main() else sharding.full_state(model)
 
 def several(cases):
     "One result for each (preset, changes)"
@@ -59,12 +58,12 @@ def attempt(folder, rank, world, store_file, suicide):
     torch.set_num_threads(1)
     if world > 1: torch.distributed.init_process_group('gloo', init_method=f'file://{store_file}', rank=rank, world_size=world)
     if suicide and rank == 0:
-        write, left = training._Hashed.write, [suicide]
+        write, left = checkpoints._Hashed.write, [suicide]
         def cut(self, data):
             left[0] -= memoryview(data).nbytes
             if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
             return write(self, data)
-        training._Hashed.write = cut
+        checkpoints._Hashed.write = cut
     model, rows = distill(teacher(), store(), config(steps=30, checkpoint_every=2), folder=folder)
     figures, weights = result(model, rows)
     if rank == 0: torch.save(dict(figures=figures, weights=weights), f'{folder}/result.pt')

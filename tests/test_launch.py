@@ -105,7 +105,7 @@ def notebook(path, *sources):
     path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=4)))
 
 def test_a_notebook_shows_rank_0_and_fails_with_rank_1(tmp_path):
-    notebook(tmp_path/'in.ipynb', 'import launched\nfrom drift_rae.launch import launch', "launch(launched.fail, 'raise', nproc=2)", "print('not reached')")
+    notebook(tmp_path/'in.ipynb', 'import launched\nfrom drift_rae.engine.launch import launch', "launch(launched.fail, 'raise', nproc=2)", "print('not reached')")
     env = {k: v for k, v in environment().items() if k != 'PYTEST_CURRENT_TEST'} # where it is set, ipykernel does not look at what other processes print
     env = {**env, 'PYTHONPATH': os.pathsep.join([env['PYTHONPATH'], str(HERE)])}
     done = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', 'in.ipynb', 'out.ipynb'], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -117,7 +117,7 @@ def test_a_notebook_shows_rank_0_and_fails_with_rank_1(tmp_path):
     assert cells[1]['outputs'][-1]['ename'] == 'LaunchError' and not cells[2]['outputs']
 
 def test_a_stop_saves_first(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport launched\nfrom drift_rae.launch import launch\nif __name__ == '__main__': launch(launched.wait, {str(tmp_path)!r}, nproc=2)"
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport launched\nfrom drift_rae.engine.launch import launch\nif __name__ == '__main__': launch(launched.wait, {str(tmp_path)!r}, nproc=2)"
     (tmp_path/'main.py').write_text(code)
     parent = subprocess.Popen([sys.executable, 'main.py'], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     try:

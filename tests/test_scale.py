@@ -2,8 +2,7 @@
 import errno, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from drift_rae.engine import launch
-from drift_rae.engine import training
+from drift_rae.engine import checkpoints, launch
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.files import write_json
 from drift_rae.distill import distill, load_generator, main, start
@@ -57,13 +56,13 @@ def test_sigterm_saves_and_ends(tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 1 and 'stopped by SIGTERM' in said
-    assert training.Checkpoints(tmp_path, {}).folder.is_dir() and list((tmp_path/'checkpoints').glob('step_*.json'))
+    assert checkpoints.Checkpoints(tmp_path, {}).folder.is_dir() and list((tmp_path/'checkpoints').glob('step_*.json'))
 
 def test_a_full_disk(tmp_path, monkeypatch):
     small_runs_config = small_runs.config(steps=6)
     def full(self, data): raise OSError(errno.ENOSPC, 'No space left on device')
     def fill(step, row, average):
-        if step == 3: monkeypatch.setattr(training._Hashed, 'write', full)
+        if step == 3: monkeypatch.setattr(checkpoints._Hashed, 'write', full)
     with pytest.raises(OSError, match='No space left.*newest whole one is of step 2'): distill(small_runs.teacher(), small_runs.store(), small_runs_config, folder=tmp_path, callback=fill)
     monkeypatch.undo()
     assert not list((tmp_path/'checkpoints').glob('.*.tmp'))
