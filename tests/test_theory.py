@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from drift_rae.engine.streams import stream
-from drift_rae.diffusion_gan import _pull, field, log_density
+from drift_rae.diffusion_gan import _pull, field, log_density, practical_field
+from drift_rae.drifting import drift_field
 from drift_rae.theorem1 import cube, limit_v_neg, simulate, sphere, sweep
 
 NBS = Path(__file__).parent.parent/'nbs'
@@ -129,6 +130,13 @@ def test_shapes_dtypes_and_refusals():
     for bad in (lambda: field(x, s[:, :2], s, 1., 1.), lambda: field(x, s[:0], s, 1., 1.), lambda: field(x, s, s, 0., 1.), lambda: field(x, s, s, 1., 0.),
         lambda: log_density(x, s, math.inf, 1.), lambda: log_density(x[None], s, 1., 1.)):
         with pytest.raises(ValueError, match='accepted'): bad()
+
+@pytest.mark.parametrize('y_softmax', (False, True))
+def test_practical_field_is_the_drifting_field(y_softmax):
+    "Chapter 01's small version of (11) against chapter 04's, where every switch exists"
+    g, y = normal(7, 40, 5), normal(8, 30, 5)
+    expected = drift_field(g[None], y[None], tau=.4, y_softmax=y_softmax)[0]
+    torch.testing.assert_close(practical_field(g, y, g, .4, y_softmax, own=True), expected, rtol=1e-7, atol=1e-8)
 
 # The pages
 
