@@ -49,7 +49,7 @@ def test_a_dry_run_ends_before_the_first_step(tmp_path):
 
 def tagged(notebook): return next(''.join(c['source']) for c in json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
 
-@pytest.mark.parametrize('notebook', ['02_autoencoder', '02a_vae', '02b_judge', '03_geometry', '05_flow', '06_distill', '07_evaluate'])
+@pytest.mark.parametrize('notebook', ['02_autoencoder', '02a_vae', '02b_judge', 'parts/03a_measure', 'parts/05e_curvature', '05_flow', '06_distill', '07_evaluate'])
 def test_papermill_understands_every_parameter(notebook):
     "papermill warns of lines that it cannot parse (quotes in a comment) and then calls the parameter unknown"
     assert set(inspect_notebook(str(ROOT/'nbs'/f'{notebook}.ipynb'))) == {n.targets[0].id for n in ast.parse(tagged(notebook)).body}
@@ -81,7 +81,7 @@ def cells_until_the_check(notebook):
     last = next(i for i, c in enumerate(cells) if ''.join(c['source']).replace('#| hide\n', '').startswith('check_parameters('))
     return [''.join(c['source']) for c in cells[:last+1]]
 
-@pytest.mark.parametrize('notebook, wrong', [(n, w) for n in ('02_autoencoder', '02a_vae', '02b_judge', '03_geometry', '05_flow', '06_distill', '07_evaluate')
+@pytest.mark.parametrize('notebook, wrong', [(n, w) for n in ('02_autoencoder', '02a_vae', '02b_judge', 'parts/03a_measure', 'parts/05e_curvature', '05_flow', '06_distill', '07_evaluate')
     for w in ("model = 'huge'", 'model = 1', "seed = 'one'", 'seed = -1', 'seed = 1.5', 'sede = 1')] +
     [('06_distill', w) for w in ("preset = 'd'", 'steps = -1', "steps = 'many'", 'steps = True', "resume = 'perhaps'", 'nproc = -1', 'n_class = 0.5', 'n_neg = -2', 'n_extra_neg = -2', 'samples = -1', 'out = 3', 'teacher = 0')])
 def test_wrong_parameters_are_refused_before_any_work(notebook, wrong):
