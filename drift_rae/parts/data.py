@@ -15,12 +15,13 @@ from ..engine.streams import stream
 
 # %% ../../nbs/parts/01a_data.ipynb #505e1410
 def digits(
-    split:str='train', # 'train' (1297 images) or 'test' (500)
+    split:str='train', # train (1297 images) or test (500)
 )->tuple: # images float32 [N, 3, 16, 16] in [0, 1], labels int64 [N]
-    "scikit-learn's handwritten digits (bundled, no download), stratified split, the same for every seed"
+    "scikit-learn's handwritten digits (bundled), stratified split, the same for every seed"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    if split not in ('train', 'test'): raise ParameterError(f"split={split!r}: accepted is train or test")
+    if split not in ('train', 'test'):
+        raise ParameterError(f"split={split!r}: accepted is train or test")
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=500, stratify=labels, random_state=0)
     x, y = (parts[0], parts[2]) if split == 'train' else (parts[1], parts[3])
@@ -36,13 +37,15 @@ def deform(
 )->Tensor: # [N, 3, H, W] in [0, 1]
     "A random small affine map for each image"
     n = len(images)
-    u = lambda: (2*torch.rand(n, generator=generator) - 1)*strength
+    def u(): return (2*torch.rand(n, generator=generator) - 1)*strength
     angle, scale_x, scale_y, shear = u()*math.pi/18, 1 + .1*u(), 1 + .1*u(), .1*u()
     cos, sin = angle.cos(), angle.sin()
     rows = [scale_x*cos, shear*cos - sin, .12*u(), scale_y*sin, shear*sin + cos*scale_y, .12*u()]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), images.shape, align_corners=False)
+    maps = torch.stack(rows, 1).view(n, 2, 3)
+    grid = F.affine_grid(maps, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
 
+# %% ../../nbs/parts/01a_data.ipynb #24e3cdc2
 def training_digits(
     copies:int=7, # deformed copies of each training image besides itself
 )->tuple: # images float32 [(1+copies)*1297, 3, 16, 16], labels int64
@@ -51,19 +54,26 @@ def training_digits(
     moved = [deform(x, stream(0, 'copies', i)) for i in range(copies)]
     return torch.cat([x, *moved]), y.repeat(1+copies)
 
+# %% ../../nbs/parts/01a_data.ipynb #a987fd0f
+def _draw(ax, image):
+    "One image [3, H, W] without axes; a grey one as ink on paper"
+    red, green, blue = image
+    grey = bool((red == green).all() and (red == blue).all()) or image.shape[-1] <= 32
+    pixels = image.mean(0) if grey else image.permute(1, 2, 0)
+    ax.imshow(pixels, cmap='gray_r' if grey else None, vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+
 # %% ../../nbs/parts/01a_data.ipynb #0c6bf826
 def show_images(
     rows:list, # of images [n, 3, H, W] in [0, 1], the same n in each
-    titles:list, # one per row
+    titles:list, # one for each row
     scale:float=.7, # inches per image
 ): # matplotlib figure
     "Draw rows of images with a title at the left of each; grey images as ink on paper"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(rows), len(rows[0]), figsize=(scale*len(rows[0]), scale*len(rows)+.3), squeeze=False)
+    size = (scale*len(rows[0]), scale*len(rows)+.3)
+    fig, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
     for axs, row, title in zip(axes, rows, titles):
-        for ax, im in zip(axs, row):
-            grey = bool((im[0] == im[1]).all() and (im[0] == im[2]).all()) or im.shape[-1] <= 32
-            ax.imshow(im.mean(0) if grey else im.permute(1, 2, 0), cmap='gray_r' if grey else None, vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
+        for ax, image in zip(axs, row): _draw(ax, image)
         axs[0].set_ylabel(title, rotation=0, ha='right', va='center')
     return fig

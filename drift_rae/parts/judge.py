@@ -18,29 +18,45 @@ from .data import deform
 from ..metrics.extractors import EXTRACTORS, Extractor, load_extractor
 _all_ = ['load_extractor'] # with the judge among its names
 
+# %% ../../nbs/parts/02b_judge.ipynb #5cec1bac
+def _convolution(inputs, outputs):
+    "3 x 3 convolution, batch norm, ReLU"
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs),
+                         nn.ReLU())
+
 # %% ../../nbs/parts/02b_judge.ipynb #35fedd87
 class Judge(nn.Module):
     "A small digit classifier; `features` for distances between sets, `predict` for accuracy"
-    def __init__(self, width:int=32, features:int=64, num_classes:int=10):
+    def __init__(self,
+        width:int=32, # channels of the first convolution; the second has twice as many
+        features:int=64, # channels of the last one
+        num_classes:int=10,
+    ):
         super().__init__()
         self.config = dict(width=width, features=features, num_classes=num_classes)
-        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
-        self.body = nn.Sequential(block(1, width), nn.MaxPool2d(2), block(width, 2*width), nn.MaxPool2d(2), block(2*width, features))
+        self.body = nn.Sequential(
+            _convolution(1, width), nn.MaxPool2d(2),
+            _convolution(width, 2*width), nn.MaxPool2d(2), _convolution(2*width, features))
         self.head = nn.Linear(features, num_classes)
         self.register_buffer('scale', torch.ones(()))
 
-    def pooled(self, images:Tensor)->Tensor: # images [N, 3, 16, 16] in [0, 1] -> [N, 64], not scaled
+    def pooled(self, images:Tensor)->Tensor:
+        "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1]; ValueError for others"
         if images.ndim != 4 or images.shape[1:] != (3, 16, 16):
-            raise ValueError(f'images have shape {tuple(images.shape)}: the judge of the miniature expects [N, 3, 16, 16]')
+            raise ValueError(f'images have shape {tuple(images.shape)}: '
+                             f'the judge of the miniature expects [N, 3, 16, 16]')
         return self.body(images.mean(1, keepdim=True)).mean((2, 3))
 
-    def features(self, images:Tensor)->Tensor: # images [N, 3, 16, 16] in [0, 1] -> features [N, 64], float32
+    def features(self, images:Tensor)->Tensor:
+        "Features [N, 64], float32, of images [N, 3, 16, 16] in [0, 1]"
         return self.pooled(images)/self.scale
 
-    def forward(self, images:Tensor)->Tensor: # images -> class scores [N, 10]
+    def forward(self, images:Tensor)->Tensor:
+        "Class scores [N, 10] of images [N, 3, 16, 16] in [0, 1]"
         return self.head(self.pooled(images))
 
-    def predict(self, images:Tensor)->Tensor: # images -> class index [N], int64
+    def predict(self, images:Tensor)->Tensor:
+        "Class index [N], int64, of images [N, 3, 16, 16] in [0, 1]"
         return self(images).argmax(1)
 
 # %% ../../nbs/parts/02b_judge.ipynb #34ffe3ae
@@ -59,23 +75,27 @@ def train_judge(
         return F.cross_entropy(judge(deform(images[i], g)), labels[i])
     losses = fit(judge, loss, steps=steps, lr=(2e-3, 2e-5), weight_decay=.05, name='judge')
     judge.eval().requires_grad_(False)
-    judge.scale.copy_(torch.cat([judge.features(x) for x in images.split(1024)]).var(0).mean().sqrt())
+    features = torch.cat([judge.features(x) for x in images.split(1024)])
+    judge.scale.copy_(features.var(0).mean().sqrt())
     return judge, losses
 
+# %% ../../nbs/parts/02b_judge.ipynb #74b34930
 def load_judge(
-    name_or_path:str|Path='tiny', # 'tiny' (shipped) or a folder with judge.safetensors
+    name_or_path:str|Path='tiny', # tiny (shipped) or a folder with judge.safetensors
 )->Judge: # frozen, in evaluation mode
-    "Read the judge"
-    weights, config = load_weights(weights_path('tiny/judge', '' if str(name_or_path) == 'tiny' else name_or_path))
+    "Read the judge; ParameterError if the weights do not fit"
+    folder = '' if str(name_or_path) == 'tiny' else name_or_path
+    weights, config = load_weights(weights_path('tiny/judge', folder))
     judge = Judge(**config)
     try: judge.load_state_dict(weights)
-    except RuntimeError as e: raise ParameterError(f'judge.safetensors does not fit its configuration: {e}') from e
+    except RuntimeError as e:
+        raise ParameterError(f'judge.safetensors does not fit its configuration: {e}') from e
     return judge.eval().requires_grad_(False)
 
 # %% ../../nbs/parts/02b_judge.ipynb #28d2d2dd
 def judge_extractor(
     name:str, # what it is called in results
-    weights:str, # a folder with judge.safetensors; '' = the judge that ships
+    weights:str, # a folder with judge.safetensors; empty = the judge that ships
     device:str, # where it runs
 )->Extractor:
     "The judge in the form that the metrics use: uint8 images in, features and class scores out"
