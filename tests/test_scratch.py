@@ -87,7 +87,7 @@ def test_sd_vae_is_an_autoencoder_for_the_program(sd_folder, tmp_path):
     z = vae.encode(x, stream(0, 'z'))
     assert torch.equal(z, sdvae.patches(sdvae.load_sdvae(sd_folder).encode(x, stream(0, 'z'))))
     assert torch.equal(vae.decode(z), sdvae.load_sdvae(sd_folder).decode(torch.nn.functional.pixel_shuffle(z, 2)))
-    encode_folder(vae, digits_folder(tmp_path/'images', 12), tmp_path/'latents', size=16, num_classes=10) # as 02e_imagenet does
+    encode_folder(vae, digits_folder(tmp_path/'images', 12), tmp_path/'latents', size=16, num_classes=10) # as imagenet/02_folders does
     options = dict(FEW, teacher='fresh', autoencoder=str(sd_folder), latents=str(tmp_path/'latents'), steps=2)
     assert len(start(out=str(tmp_path/'out'), **dict(options, monitor_every=1, changes='keep=1'))) == 2
     made = load_generator(tmp_path/'out')
