@@ -60,11 +60,11 @@ def test_the_command_line_has_nothing_to_do_where_everything_is_there(tmp_path, 
     assert capsys.readouterr().out == ''
 
 def test_another_teacher_is_trained_once(tmp_path, monkeypatch):
-    from drift_rae import ablations
+    from drift_rae.parts import bench
     from drift_rae.flow import load_teacher
     calls = []
-    monkeypatch.setattr(ablations, 'train_teacher', lambda store, seed: calls.append(seed) or (load_teacher(), [1., .5]))
-    a, b = (ablations.flow_teacher(3, tmp_path, store='latents') for _ in range(2))
+    monkeypatch.setattr(bench, 'train_teacher', lambda store, seed: calls.append(seed) or (load_teacher(), [1., .5]))
+    a, b = (bench.flow_teacher(3, tmp_path, store='latents') for _ in range(2))
     assert calls == [3] and a.shift == b.shift == load_teacher().shift
     assert all((p == q).all() for p, q in zip(a.parameters(), b.parameters()))
 
