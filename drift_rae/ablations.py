@@ -17,7 +17,7 @@ from .engine.progress import Progress, limit_threads
 from .engine.files import write_json
 from .parts.step import DistillConfig, drift_step, make_student, step_labels
 from .parts.bench import (
-    Bench, CHECK, Row, SHORT, recipe_hash, result_file, result_path, run_row, short_digest)
+    Bench, CHECK, Row, recipe_hash, result_file, result_path, run_row, short_digest)
 
 # %% ../nbs/08_ablations.ipynb #fc012f3d
 _LONG = dict(protocol='', curve=100) # the miniature's published length, with a training curve

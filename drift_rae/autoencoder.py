@@ -14,7 +14,7 @@ from .engine.parameters import ParameterError
 from .engine.files import fill, load_weights, save_weights, weights_path, write_json
 from .engine.streams import stream
 from .engine.training import fit
-from .parts.data import deform
+from .worlds.data import deform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -9,7 +9,6 @@ __all__ = ['Ahead', 'distill', 'run', 'processes', 'dry', 'execute', 'start', 'm
 
 # %% ../nbs/06_distill.ipynb #4ee0fecd
 import argparse, copy, inspect, time
-from dataclasses import replace
 from pathlib import Path
 import torch
 from fastcore.docments import docments
@@ -19,7 +18,7 @@ from .engine.progress import limit_threads
 from .engine.files import hash_weights, versions
 from .parts.generator import OneStepGenerator, load_generator, save_generator
 from .parts.ingredients import RELEASED, check_store, load_parts, writable
-from .parts.latents import describe_store, prefetch
+from .worlds.latents import describe_store, prefetch
 from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (

@@ -25,7 +25,7 @@ from .metrics.frechet import (
 from drift_rae.metrics.neighbours import (
     KernelDistance, evaluate_features, inception_score, kernel_distance, nearest_neighbours,
     precision_recall)
-from .parts.judge import load_extractor # with the judge among its names
+from .worlds.judge import load_extractor # with the judge among its names
 _all_ = ['load_extractor', 'as_features', 'FeatureStatistics', 'statistics', 'frechet_distance',
          'frechet_bias', 'frechet_interval', 'precision_recall', 'nearest_neighbours',
          'KernelDistance', 'kernel_distance', 'inception_score', 'evaluate_features']

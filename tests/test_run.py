@@ -9,7 +9,7 @@ from drift_rae.parts.workers import processes_for
 ROOT = Path(__file__).parents[1]
 KEYS = {'fd', 'accuracy', 'precision', 'recall', 'seconds', 'config', 'seed', 'versions'}
 SMOKE = dict(monitor_every=0, steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24, nproc=1)
-CHAPTERS = ['02_rae', 'parts/02a_vae', 'parts/02b_judge', 'parts/03a_measure', 'parts/05e_curvature',
+CHAPTERS = ['02_rae', 'worlds/02a_vae', 'worlds/02b_judge', 'worlds/03a_measure', 'worlds/05e_curvature',
             '05_flow', '06_distill', '07_evaluate']
 
 def environment(): return {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}

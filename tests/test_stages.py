@@ -15,9 +15,9 @@ from drift_rae.networks.vit import Encoder, RAEDecoder, _decoder
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.files import load_weights
 from drift_rae.engine.streams import stream
-from drift_rae.parts.data import digits
+from drift_rae.worlds.data import digits
 from drift_rae.flow import FlowConfig, hold_linear, load_teacher
-from drift_rae.parts.latents import latent_store, save_latents
+from drift_rae.worlds.latents import latent_store, save_latents
 from drift_rae.imagenet.critics import (
     LPIPS, Discriminator, augment, hinge, load_discriminator, load_lpips)
 from drift_rae.imagenet.stage1 import Stage1, Stage1Config, warmup_cosine

@@ -20,8 +20,8 @@ from ..engine.parameters import RESUME, ParameterError
 from ..engine.progress import Progress
 from ..engine.streams import stream
 from ..engine.files import write_json
-from ..parts.data import digits
-from ..parts.latents import (
+from ..worlds.data import digits
+from ..worlds.latents import (
     DTYPES, begin_latents, describe_encoder, finish_latents, shard_record, write_shard)
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ffbaae35

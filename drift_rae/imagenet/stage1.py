@@ -22,7 +22,7 @@ from .critics import (
     EYES, Discriminator, TokenDistance, adaptive_weight, augment, eight_bit, frozen_network,
     hinge, load_discriminator, load_lpips)
 from .stage1_data import CropImages, Crops, MemoryImages
-from ..parts.data import training_digits
+from ..worlds.data import training_digits
 from ..networks.released import load_encoder
 from ..engine.training import Checkpoints, train
 import torch

@@ -7,7 +7,6 @@ __all__ = ['Order', 'MemoryImages', 'random_crop', 'Crops', 'CropImages']
 
 # %% ../../nbs/imagenet/04_stage1_data.ipynb #61fe0ed5
 from functools import partial
-from pathlib import Path
 from fastcore.basics import patch
 from ..engine import launch
 from ..engine.parameters import ParameterError

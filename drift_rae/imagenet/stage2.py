@@ -14,7 +14,7 @@ from ..engine.parameters import MODELS, RESUME, ParameterError
 from ..engine.progress import limit_threads
 from ..engine.files import versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
-from ..parts.latents import describe_store, latent_store
+from ..worlds.latents import describe_store, latent_store
 from ..parts.monitor import Monitor
 from ..engine.training import Checkpoints
 import torch

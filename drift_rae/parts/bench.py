@@ -19,16 +19,16 @@ from torch import nn
 from ..autoencoder import RAE
 from ..engine.streams import image_noise, stream
 from ..engine.files import project_path, versions, weights_path, write_json
-from .data import training_digits
+from ..worlds.data import training_digits
 from ..distill import changed, distill
 from ..metrics.neighbours import evaluate_features
 from ..metrics.frechet import frechet_distance, statistics
 from ..metrics.verdicts import paired_ratios
 from ..flow import FlowConfig, load_teacher, one_step, sample, save_teacher, train_teacher
-from .judge import load_judge
-from .latents import LatentStore, latent_store, sort_by_class
+from ..worlds.judge import load_judge
+from ..worlds.latents import LatentStore, latent_store, sort_by_class
 from .step import DistillConfig, config_for
-from .vae import VAE, load_vae
+from ..worlds.vae import VAE, load_vae
 
 # %% ../../nbs/parts/07a_bench.ipynb #7a5a87a1
 SHORT = 'n_class=2 steps=300 lr=(5e-4,5e-6)' # the short protocol; a row's own changes come later

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..engine.streams import stream
 from ..metrics.neighbours import evaluate_features
 from ..flow import one_step, sample
-from .data import deform, digits, training_digits
-from .judge import load_judge
+from ..worlds.data import deform, digits, training_digits
+from ..worlds.judge import load_judge
 from .workers import share_work
 
 # %% ../../nbs/parts/05f_comparison.ipynb #bb4690b9

@@ -11,7 +11,7 @@ from ..autoencoder import RAE
 from ..engine.parameters import ParameterError
 from ..engine.files import write_json
 from ..flow import load_teacher
-from .latents import latent_store
+from ..worlds.latents import latent_store
 from .recipe import DistillConfig
 from .step import check_world, fresh_model
 from ..engine import launch

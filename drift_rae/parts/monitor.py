@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..engine.files import atomic, write_json
 from ..engine.streams import image_noise, stream
-from .data import show_images
+from ..worlds.data import show_images
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
 from ..engine import launch

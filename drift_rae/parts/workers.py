@@ -51,7 +51,7 @@ def processes_for(
     return max(n for n in range(1, min(cores, items)+1) if items % n == 0)
 
 # %% ../../nbs/parts/05e_workers.ipynb #cd210610
-PRELOAD = ('drift_rae.distill', 'drift_rae.parts.judge', 'drift_rae.metrics.neighbours',
+PRELOAD = ('drift_rae.distill', 'drift_rae.worlds.judge', 'drift_rae.metrics.neighbours',
            'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg')
 _prepared = []
 
