@@ -20,7 +20,8 @@ MEASURE = r"""(() => {
   const found = [], say = (check, what) => found.push([check, String(what).trim().replace(/\s+/g, ' ').slice(0, 80)]);
   const root = document.documentElement;
   if (root.scrollWidth > root.clientWidth + 1) {
-    const wide = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1);
+    const wide = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1
+      && !e.closest('.math.display, table, pre') && ![...e.children].some(c => c.getBoundingClientRect().right > root.clientWidth + 1));
     say('page', root.scrollWidth + ' px: ' + (wide.length ? wide[0].tagName + ' ' + wide[0].textContent : ''));
   }
   for (const e of document.querySelectorAll('pre, pre code, p code, li code'))

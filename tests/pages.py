@@ -45,8 +45,8 @@ TEMPLATE = """<!DOCTYPE html>
 *, ::before, ::after { box-sizing: border-box }
 body { font: 17px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif; margin: 0 }
 main { max-width: 900px; margin: 0 auto; padding: 0 12px }
-pre { overflow: auto; font-size: 14px; margin: 0 0 1rem }
-code { font-family: 'DejaVu Sans Mono', monospace; font-size: 14px }
+pre { overflow: auto; font-size: .875em; margin: 0 0 1rem }
+code { font-family: 'DejaVu Sans Mono', monospace; font-size: .875em }
 div.sourceCode { background: rgba(233, 236, 239, .65); padding: .5rem; margin: 1em 0 }
 table { width: 100%; border-collapse: collapse } td, th { padding: .5rem; text-align: left }
 img { height: auto } figure { margin: 0 0 1rem } figcaption { font-size: 90%; color: #5a6570 }
@@ -116,7 +116,7 @@ def output_markdown(output, opts, folder, stem, k):
     for mime in ('text/html', 'text/markdown', *MEDIA, 'text/latex', 'text/plain'):
         if mime not in data: continue
         value = as_text(data[mime])
-        if mime == 'text/html': return f'::: {{.cell-output .cell-output-display}}\n\n```{{=html}}\n{value}\n```\n\n:::\n'
+        if mime == 'text/html': return f'::: {{.cell-output .cell-output-display .cell-output-html}}\n\n```{{=html}}\n{value}\n```\n\n:::\n'
         if mime == 'text/markdown': return f'::: {{.cell-output .cell-output-display .cell-output-markdown}}\n{value}\n:::\n'
         if mime in MEDIA: return picture(value, MEDIA[mime], opts, folder, f'{stem}_files/{k}.{MEDIA[mime]}', k)
         if mime == 'text/latex': return f'::: {{.cell-output .cell-output-display}}\n{value}\n:::\n'
@@ -354,6 +354,7 @@ def check_link(page, site):
         if where in pages:
             if anchor and unquote(anchor) not in pages[where].ids: yield f'no anchor: {href}'
         elif not (page.path.parents[len(Path(page.url).parts) - 1]/where).is_file(): yield f'no page: {href}'
+    if page.html.select('.cell-output-html script'): yield 'an HTML output with a script: Quarto then loads require.js and jQuery from another host'
     for img in page.html.find_all(['img', 'video', 'source', 'script'], src=True):
         src = img['src']
         if urlsplit(src).scheme in ('http', 'https'): yield f'from another host: {src}'
@@ -394,6 +395,8 @@ def check_api(page, site):
         heading = page.html.find(re.compile('^h[2-6]$'), id=name.lower())
         if heading is None: yield f'no entry: {name}'
         elif not entry: yield f'no docstring: {name}'
+        same = [h for h in page.html.find_all(re.compile('^h[3-6]$')) if h.get_text() == name]
+        if len(same) > 1: yield f'two entries (drop the show_doc cell): {name}'
 
 
 def public(module):

@@ -36,3 +36,20 @@ def test_a_planted_fault_is_found(chromium, tmp_path, check):
     file.write_text(f'<!DOCTYPE html><html><body><p>Fine.</p>{FAULTS.get(check, "")}</body></html>')
     found = {name for name, _ in browser.measure(chromium, pages.Page('x.ipynb', file, 'x.html'))}
     assert check in found if check else not found
+
+
+def test_100_characters_stand_on_one_line(chromium, tmp_path):
+    "With the site's style sheet, in code and in output; 130 go on in a second line and are not cut"
+    import shutil
+    shutil.copytree(pages.NBS, tmp_path, dirs_exist_ok=True,
+                    ignore=lambda d, names: [n for n in names if not n.endswith(('.lua', '.bib', '.css'))])
+    (tmp_path/'template.html').write_text(pages.TEMPLATE)
+    page = pages.Page('x.ipynb', tmp_path/'x.html', 'x.html', front=dict(title='T'))
+    texts = ['x = 1', 'x = ' + '1'*96, 'x = ' + '1'*126]
+    code = [pages.fenced(t, '.python .cell-code') for t in texts]
+    outputs = [f'::: {{.cell-output .cell-output-stdout}}\n{pages.fenced(t, ".default")}:::' for t in texts]
+    pages.pandoc('\n\n'.join(code + outputs), page, tmp_path, tmp_path)
+    assert browser.measure(chromium, page) == []
+    chromium.size(browser.WIDTHS['wide'])
+    heights = chromium.evaluate("[...document.querySelectorAll('pre')].map(e => e.offsetHeight)")
+    for short, full, long in (heights[:3], heights[3:]): assert short == full < long, heights

@@ -165,3 +165,21 @@ def test_every_key_of_the_bibliography_is_whole():
         for name in ('title', 'author', 'year'): assert f'  {name} = {{' in entry, entry[:60]
     keys = [e.split('{')[1].split(',')[0] for e in entries]
     assert len(keys) == len(set(keys))
+
+
+def test_the_readme_leads_into_the_notebooks_and_to_the_papers(tmp_path):
+    "On an index with all that .ci/readme must turn into plain Markdown"
+    import json
+    cell = lambda kind, source, outputs=(): dict(cell_type=kind, source=source, outputs=list(outputs))
+    index = dict(cells=[
+        cell('markdown', 'See [flow](05_flow.ipynb#how) and [a site](https://x.org), [@holm1979; @deng2026drifting], by @efron1993.\n```sh\nls [a](b)\n```'),
+        cell('code', '#| label: fig-a\n#| fig-alt: "A dog"\n#| echo: false\ndraw()', [dict(data={'image/svg+xml': '<svg/>'})])])
+    for name in ('.ci', 'nbs'): (tmp_path/name).mkdir()
+    shutil.copy(ROOT/'.ci/readme', tmp_path/'.ci'), shutil.copy(NBS/'references.bib', tmp_path/'nbs')
+    (tmp_path/'nbs/index.ipynb').write_text(json.dumps(index))
+    subprocess.run([sys.executable, tmp_path/'.ci/readme'], check=True)
+    text = (tmp_path/'README.md').read_text()
+    for part in ('[flow](nbs/05_flow.ipynb#how)', '[a site](https://x.org)', 'by Efron and Tibshirani 1993.',
+                 '(Holm 1979; [Deng et al. 2026](https://arxiv.org/abs/2602.04770))', 'ls [a](b)',
+                 '![A dog](nbs/images/index_0.svg)'): assert part in text, part
+    assert 'draw()' not in text and (tmp_path/'nbs/images/index_0.svg').read_text() == '<svg/>'
