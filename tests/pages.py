@@ -1,6 +1,7 @@
 """The site without Quarto: nbdev's own processing, each page turned into Markdown as Quarto would do,
 pandoc (which Quarto is made of) with the site's bibliography, filter and style sheet. `python tests/pages.py
 --counts` prints how many problems of which kind each page has; `--list [PAGE]` prints the problems."""
+import ast
 import base64
 import fcntl
 import json
@@ -34,7 +35,8 @@ CHECKS = dict(
     math='a formula that is not rendered', heading='a heading level skipped', alt='an image without alt text',
     caption='a figure without caption', label='a figure label missing or used twice', link='a link or anchor to nowhere',
     stem='a chapter named without a link', reference='an unresolved @reference or citation',
-    wide='a line over 100 characters', size='a page over 2 MB', api='an entry of the API reference is missing or empty')
+    wide='a line over 100 characters', size='a page over 2 MB', api='an entry of the API reference is missing or empty',
+    param='a parameter of a function or a field of a dataclass without comment')
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -399,31 +401,55 @@ def check_api(page, site):
         if len(same) > 1: yield f'two entries (drop the show_doc cell): {name}'
 
 
+def source_of(module):
+    "The file of a module that a notebook exports, or None"
+    file = ROOT/'drift_rae'/(module.replace('.', '/') + '.py')
+    return file if module and file.is_file() else None
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def parsed(file):
+    "The public functions and classes of a module, and the methods that it adds to classes with @patch"
+    body = ast.parse(file.read_text()).body
+    exported = next((ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign)
+                     and getattr(n.targets[0], 'id', '') == '__all__'), [])
+    found = [n for n in body if isinstance(n, (*FUNCTIONS, ast.ClassDef))]
+    added = [n for n in found if isinstance(n, FUNCTIONS) and patched(n) and not n.name.startswith('_')]
+    return [n for n in found if n.name in exported and n not in added], added
+
+
 def public(module):
     "(name, has a docstring) of every public function, class and method that a module defines"
-    import ast
-    file = ROOT/'drift_rae'/(module.replace('.', '/') + '.py')
-    if not module or not file.is_file(): return []
-    tree = ast.parse(file.read_text())
-    exported = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)
-                     and getattr(n.targets[0], 'id', '') == '__all__'), [])
-    found = []
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in tree.body:
-        if isinstance(node, functions):
-            owner = patched(node)
-            if owner and not node.name.startswith('_'): found.append((f'{owner}.{node.name}', bool(ast.get_docstring(node))))
-            elif node.name in exported: found.append((node.name, bool(ast.get_docstring(node))))
-        if isinstance(node, ast.ClassDef) and node.name in exported:
-            found.append((node.name, bool(ast.get_docstring(node))))
-            found += [(f'{node.name}.{m.name}', bool(ast.get_docstring(m))) for m in node.body
-                      if isinstance(m, functions) and not m.name.startswith('_')]
-    return found
+    file = source_of(module)
+    if not file: return
+    own, added = parsed(file)
+    for node in own:
+        yield node.name, ast.get_docstring(node)
+        if not isinstance(node, ast.ClassDef): continue
+        for method in node.body:
+            if isinstance(method, FUNCTIONS) and not method.name.startswith('_'):
+                yield f'{node.name}.{method.name}', ast.get_docstring(method)
+    for node in added: yield f'{patched(node)}.{node.name}', ast.get_docstring(node)
+
+
+def check_param(page, site):
+    file = source_of(page.module)
+    if not file: return
+    lines = file.read_text().splitlines()
+    commented = lambda node: '#' in lines[node.end_lineno - 1][node.end_col_offset:] or '#' in lines[node.lineno - 1][node.end_col_offset:]
+    for node in parsed(file)[0]:
+        if isinstance(node, ast.ClassDef):
+            if not any('dataclass' in ast.unparse(d) for d in node.decorator_list): continue
+            parts = [(n.target.id, n) for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith('_')]
+        else: parts = [(a.arg, a) for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)][bool(patched(node)):]
+        bare = [name for name, part in parts if not commented(part)]
+        if bare: yield f'{node.name}: {", ".join(bare)}'
 
 
 def patched(node):
     "The class that a function with @patch extends"
-    import ast
     if not any('patch' in ast.unparse(d) for d in node.decorator_list) or not node.args.args: return ''
     annotation = node.args.args[0].annotation
     return ast.unparse(annotation) if annotation is not None else ''
