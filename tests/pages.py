@@ -209,7 +209,7 @@ def render(folder):
     "The whole site in a folder; returns its pages"
     with tempfile.TemporaryDirectory() as scratch:
         proc = process(Path(scratch))
-        keep = shutil.ignore_patterns('*.ipynb', '_quarto.yml', '*.json')
+        keep = shutil.ignore_patterns('*.ipynb', '_quarto.yml')
         shutil.copytree(proc, folder, dirs_exist_ok=True, ignore=keep)
         (folder/'template.html').write_text(TEMPLATE)
         notebooks = {name: json.loads((proc/name).read_text()) for name in PAGES}
@@ -296,6 +296,13 @@ def check_emphasis(page, site):
     for text in prose(page.html):
         for found in re.findall(r'.{0,25}(?:\*\*|`|(?<=[\w.)])\*(?=[\s.,)])|(?<=[\s(])\*(?=\w)|^\*\w).{0,25}', text):
             yield found.strip()
+
+
+    for entry in page.html.select('.cell-output-markdown'): # the first line of a docstring is set in italics by nbdev
+        for first in entry.select('div.sourceCode + p'):
+            inside = first.get_text().split('\n')[0]
+            if not first.em or first.em.previous_sibling or len(first.em.get_text().split('\n')[0]) < len(inside):
+                yield f'an asterisk in a docstring: {inside[:70]}'
 
 
 def check_script(page, site):
