@@ -23,7 +23,8 @@ from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (
     check_world, drift_step, make_student, maps_of, own_chunks, step_labels, step_samples)
-from .parts.workers import prepare_workers, processes_for, start_method
+from .parts.workers import (
+    may_start_workers, prepare_workers, processes_for, start_method)
 from .engine.training import Checkpoints, train
 from .engine import launch, sharding
 
@@ -192,7 +193,7 @@ def processes(
     "Processes of a run: for the miniature on a CPU, as many as cores and classes allow"
     chosen = nproc or nnodes > 1 or launch._environment() # the last: torchrun or Slurm has chosen
     if chosen or model != 'tiny' or torch.cuda.is_available(): return nproc
-    return processes_for(config.n_class)
+    return processes_for(config.n_class) if may_start_workers() else 1
 
 # %% ../nbs/06_distill.ipynb #44dbc07d
 def dry(
