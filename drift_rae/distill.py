@@ -113,7 +113,7 @@ def _checkpoints(folder, config, seed, teacher, store, autoencoder):
 def distill(
     teacher:nn.Module, # flow model; the student starts from its weights
     store, # latent store
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     *, seed:int=0, # of everything random
     folder:str|Path=None, # for checkpoints and log.csv; None: none are written
     resume:str='auto', # auto: continue from a checkpoint if there is one; never: start over; must
@@ -160,7 +160,7 @@ def _write_generator(average, teacher, rae, out, about):
 
 # %% ../nbs/06_distill.ipynb #4954abd0
 def run(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     out:str, # output folder
     *, seed:int=0, # of everything random
     resume:str='auto', # auto, never or must
@@ -185,7 +185,7 @@ def run(
 
 # %% ../nbs/06_distill.ipynb #7df8eaa6
 def processes(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     model:str='tiny', # tiny, s, b, l or xl
     nproc:int=0, # as asked for; 0: chosen here
     nnodes:int=1, # machines
@@ -197,7 +197,7 @@ def processes(
 
 # %% ../nbs/06_distill.ipynb #44dbc07d
 def dry(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     seed:int, # of everything random
     parts:dict, # as for load_parts
 )->list: # no steps
@@ -228,7 +228,7 @@ def _launched(config, out, nproc, parts, **options):
 
 # %% ../nbs/06_distill.ipynb #0dd6a3f8
 def execute(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     out:str|Path, # output folder
     parts:dict, # as for load_parts: model, teacher, latents, autoencoder, store
     *, seed:int=0, # of everything random
@@ -289,7 +289,9 @@ def start(
                    nproc=nproc, nnodes=nnodes, rdzv=rdzv, stop_above=stop_above, dry_run=dry_run)
 
 # %% ../nbs/06_distill.ipynb #c0af3fcf
-def main(argv=None):
+def main(
+    argv:list=None, # words of the command line; None: those of this process
+):
     "`python -m drift_rae.distill` and `drift_rae_distill`"
     parser = argparse.ArgumentParser(
         prog='drift_rae_distill',

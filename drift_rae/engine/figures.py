@@ -15,13 +15,14 @@ COLOURS = dict(
     real='#888888', paper='#CC79A7', # references
 )
 TEMPERATURES = {.02: '#440154', .05: '#21918C', .2: '#FDB32F'} # the paper's three
-SEQUENCE = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#000000'] # anything else
+SEQUENCE = [ # anything else
+    '#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#000000']
 
 # %% ../../nbs/engine/11_figures.ipynb #ee60b497
 WIDTH = 7. # inches: the widest figure of the book
 
 def figure_style(
-    vector:bool=False, # draw SVG in the notebook: sharp at any size, small for a few thousand points
+    vector:bool=False, # draw SVG: sharp at any size, small for a few thousand points
 ):
     "Set matplotlib's defaults for every figure of a notebook"
     import matplotlib.pyplot as plt

@@ -190,7 +190,7 @@ def judge(self:Stage1, made:Tensor, step:int)->Tensor: # scalar
 
 @patch
 def gradient(self:Stage1, step:int, network:nn.Module)->dict: # figures; loss is L1 + perceptual
-    "Adds the gradient of L1 + perceptual + gan * adaptive weight * verdict to the decoder"
+    "Adds the gradient of L1 + perceptual + gan · adaptive weight · verdict to the decoder"
     config, (x, tokens) = self.config, self.load(step)
     made = self.decode(network, self.noisy(tokens, step))
     l1 = (made - x).abs().mean()
