@@ -160,7 +160,7 @@ def _change(word):
 
 # %% ../../nbs/parts/05b_recipe.ipynb #36950637
 def changed(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     changes:str, # such as n_neg=32 lr=(1e-5,1e-7) drift.y_softmax=True
 )->DistillConfig:
     "The configuration with some fields changed; a clear message for an unknown name"

@@ -45,7 +45,7 @@ def step_labels(
 def step_samples(
     store, # latent store
     labels:list, # classes
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     seed:int, # the run's seed
     step:int, # current step
     noise:bool=True, # also draw the noises
@@ -76,7 +76,7 @@ def device_stream(
 # %% ../../nbs/parts/05c_step.ipynb #1d418982
 def step_noise(
     labels:list, # classes
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     shape:tuple, # of one latent, (C, h, w)
     seed:int, # the run's seed
     step:int, # current step
@@ -118,7 +118,7 @@ def fresh_model(
 
 # %% ../../nbs/parts/05c_step.ipynb #e8dd072a
 def check_world(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     world:int, # number of processes
 ):
     "A clear message (`ParameterError`) if this many processes cannot share a step"
@@ -164,7 +164,7 @@ def through_images(
 
 # %% ../../nbs/parts/05c_step.ipynb #fd89650e
 def maps_of(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     autoencoder=None, # needed if the configuration has decode_encode
 )->tuple: # as for through_images
     "The maps that a configuration asks for"
@@ -263,7 +263,7 @@ def _pull(gen, pos, extra, labels, config, seed, step):
 # %% ../../nbs/parts/05c_step.ipynb #ae60e484
 def own_chunks(
     labels:list, # the step's classes, of all processes
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
 )->tuple: # this process's classes in portions; its part of their samples; number of parts
     "The classes that this process computes, in the portions in which it computes them"
     own, part, parts = share_out(labels, launch.rank(), launch.world_size())
@@ -278,7 +278,7 @@ Plan = namedtuple('Plan', 'portions part parts batch scale')
 # %% ../../nbs/parts/05c_step.ipynb #f5c396f7
 def step_plan(
     labels:list, # the step's classes, of all processes
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
 )->Plan: # portions; this process's part of a class, number of parts; samples in the network; scale
     "What this process does of a step; times `scale`, a mean over processes is one over classes"
     chunks, part, parts = own_chunks(labels, config)
@@ -340,7 +340,7 @@ def drift_step(
     network:nn.Module, # the student, wrapped if there are several processes; gradients are added
     store, # latent store
     labels:list, # the step's classes, of all processes
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     seed:int=0, # the run's seed
     step:int=0, # current step
     *, clock=lambda name: nullcontext(), # clock('field') is entered around that part, to measure it
