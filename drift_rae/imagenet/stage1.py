@@ -151,6 +151,7 @@ def noisy(self:Stage1, tokens:Tensor, step:int)->Tensor: # [n, D, h, w]
     sigma = self.config.noise*torch.rand(len(tokens), 1, 1, 1, generator=g)
     return tokens + (sigma*torch.randn(tokens.shape, generator=g)).to(tokens)
 
+# %% ../../nbs/imagenet/05_stage1.ipynb #277c96e1
 @patch
 def decode(self:Stage1,
     network:nn.Module, # the decoder, wrapped for several processes

@@ -45,6 +45,7 @@ def _check_fit(model, store, config, rae):
         raise ParameterError(f'autoencoder: its latents have shape {tuple(rae.latent_shape)}, '
                              f'model={model} takes {wanted}')
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #6ba60fd5
 def flow_parts(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     latents:str='', # folder of the latent store; empty: the digits, for tiny
@@ -70,6 +71,7 @@ def _save_teacher(path, config, average, whole, losses, seed, flow):
     teacher.shift = average.shift
     save_teacher(path, teacher, losses, seed=seed, flow=asdict(flow), versions=versions())
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #8890edcb
 def run_flow(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     flow:FlowConfig, # how to train
