@@ -298,7 +298,8 @@ def check_emphasis(page, site):
             yield found.strip()
 
 
-    for entry in page.html.select('.cell-output-markdown'): # the first line of a docstring is set in italics by nbdev
+    entries = page.html.select('.cell-output-markdown')
+    for entry in (e for e in entries if e.find(re.compile('^h[2-6]$'))): # the first line of a docstring is set in italics by nbdev
         for first in entry.select('div.sourceCode + p'):
             inside = first.get_text().split('\n')[0]
             if not first.em or first.em.previous_sibling or len(first.em.get_text().split('\n')[0]) < len(inside):
