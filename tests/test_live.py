@@ -2,7 +2,9 @@
 import functools
 import http.server
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +37,7 @@ return [c.height, c.width, ...d];"""
 def folder(tmp_path_factory):
     "What a static host would serve: made by .ci/live"
     if not shutil.which('npm'): pytest.skip('npm is missing: apt-get install npm')
-    to = tmp_path_factory.mktemp('live')
+    to = tmp_path_factory.mktemp('site')/'live'
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run([ROOT/'.ci/live', to], env={**os.environ, 'PATH': path, 'PYTHONPATH': str(ROOT)},
                           capture_output=True, text=True)
@@ -48,9 +50,9 @@ def folder(tmp_path_factory):
 def address(folder):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_): pass
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}/index.html'
+    yield f'http://127.0.0.1:{server.server_port}/live/index.html'
     server.shutdown()
     server.server_close()
 
@@ -195,6 +197,31 @@ def test_it_fits_and_has_names(page, address, width, tmp_path):
         for theme in ('light', 'dark'):
             page.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=theme)]))
             page.save_screenshot(f'{folder}/{width}_{theme}.png')
+
+
+def test_the_notebooks_own_markup_finds_the_files(folder, address, browser):
+    "parts/05e_live.ipynb becomes parts/live.html; the folder live stands beside parts"
+    cells = json.loads((ROOT/'nbs/parts/05e_live.ipynb').read_text())['cells']
+    block, = re.findall(r'```{=html}\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells), re.S)
+    (folder.parent/'parts').mkdir()
+    (folder.parent/'parts/live.html').write_text(f'<!DOCTYPE html><html lang="en"><title>T</title>{block}</html>')
+    browser.get(address.replace('live/index.html', 'parts/live.html'))
+    settled(browser)
+    press(browser, 'load')
+    assert 'one evaluation' in element(browser, 'caption').text
+    assert browser.execute_script("return getComputedStyle(document.getElementById('live')).borderTopWidth") == '1px'
+
+
+def test_the_page_says_what_it_loads(folder):
+    "The sizes in the notebook's text are those of the files"
+    text = (ROOT/'nbs/parts/05e_live.ipynb').read_text()
+    size = {f.name: f.stat().st_size/1e6 for f in folder.iterdir()}
+    runtime = sum(s for name, s in size.items() if name.startswith('ort'))
+    teacher = size['teacher.onnx'] + size['decoder.onnx']
+    assert f"loads {runtime + size['generator.onnx']:.1f} MB" in text and f'{runtime:.1f} MB, compressed' in text
+    assert f"the generator ({size['generator.onnx']:.1f} MB)" in text and f'decoder are {teacher:.1f} MB more' in text
+    version = re.search(r'^version=(\S+)', (ROOT/'.ci/live').read_text(), re.M)[1]
+    assert f'onnxruntime-web {version}' in text
 
 
 def test_a_missing_file_is_a_message(folder, address, browser):

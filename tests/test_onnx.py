@@ -6,7 +6,8 @@ import torch
 
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import stream
-from drift_rae.flow import load_teacher, one_step
+from drift_rae.flow import DiTDH, load_teacher, one_step, preset
+from drift_rae.networks import sdvae
 from drift_rae.parts import onnx as exporter
 from drift_rae.parts.generator import OneStepGenerator
 
@@ -37,7 +38,7 @@ def ran(session, **inputs): return torch.from_numpy(session.run(None, {k: v.nump
 @pytest.fixture(scope='module')
 def session(runtime, generator, tmp_path_factory):
     path = tmp_path_factory.mktemp('onnx')/'sub/generator.onnx'
-    assert exporter.export_onnx(generator.model, generator.autoencoder, path) == path
+    assert generator.export_onnx(path) == path
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     return runtime.InferenceSession(path)
 
@@ -70,6 +71,21 @@ def test_the_teachers_velocity(runtime, tmp_path, n):
     label[0] = teacher.null_label
     with torch.no_grad(): wanted = teacher.eval()(x, t, label)
     torch.testing.assert_close(ran(session, x=x, t=t, label=label), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_generator_with_sd_vae(runtime, tmp_path):
+    pytest.importorskip('diffusers', reason='diffusers is not installed: pip install drift-rae[sdvae]')
+    torch.manual_seed(0)
+    small = {**sdvae.SD_VAE, 'block_out_channels': [8, 8, 16, 16], 'norm_num_groups': 4, 'layers_per_block': 1,
+             'sample_size': 32}
+    vae = sdvae.PatchedSDVAE(sdvae.sd_network(small), False, .18215, 32).eval()
+    c, side, _ = vae.latent_shape
+    model = DiTDH(**{**preset('tiny'), 'input_size': side, 'in_channels': c})
+    for p in model.parameters(): p.data += .02*torch.randn(p.shape) # the last layer starts at zero
+    generator = OneStepGenerator(model, vae)
+    session = runtime.InferenceSession(generator.export_onnx(tmp_path/'generator.onnx'))
+    noise, label = drawn(generator, 3)
+    torch.testing.assert_close(ran(session, noise=noise, label=label), images(generator, noise, label), atol=1e-5, rtol=0)
 
 
 def test_large_weights_stand_beside_the_file(runtime, generator, tmp_path, monkeypatch):
