@@ -195,7 +195,7 @@ def forward(self:RAEDecoder,
         raise ValueError(f"latents have shape {tuple(latents.shape)}: "
                          f"this decoder expects [N, {c}, {s}, {s}]")
     x = self.decoder_embed(latents.flatten(2).transpose(1, 2)) # [N, T, D]
-    x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], 1) # [N, 1+T, D]
+    x = torch.cat([self.trainable_cls_token.expand(x.shape[0], -1, -1), x], 1) # [N, 1+T, D]
     x = x + self.decoder_pos_embed
     for layer in self.decoder_layers: x = layer(x)
     return self.decoder_pred(self.decoder_norm(x))[:, 1:]

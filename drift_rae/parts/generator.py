@@ -21,6 +21,7 @@ from ..flow import sample as sample_flow # `sample` is a method here
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from ..metrics.images import GeneratedImages
+from .onnx import export_onnx as write_onnx # `export_onnx` is a method here
 
 # %% ../../nbs/parts/05a_generator.ipynb #4f3edbf5
 class OneStepGenerator(nn.Module):
@@ -142,6 +143,18 @@ def load_generator(
     return OneStepGenerator(model, autoencoder, config['about'])
 
 OneStepGenerator.from_pretrained = staticmethod(load_generator)
+
+# %% ../../nbs/parts/05a_generator.ipynb #51e08e31
+@patch
+def export_onnx(self:OneStepGenerator,
+    path:str|Path, # of the file, ending in .onnx
+)->Path: # of the file
+    """Write network and decoder as one ONNX file (opset 18, float32); needs the extra onnx.
+
+    Inputs: `noise`, float32 [batch, C, h, w], standard normal; `label`, int64 [batch]. Output:
+    `images`, float32 [batch, 3, H, W] in [0, 1], those of PyTorch up to 1e-5. The batch is free.
+    Errors and weights beyond 1.9 GB: see `drift_rae.parts.onnx.export_onnx`."""
+    return write_onnx(self.model, self.autoencoder, path)
 
 # %% ../../nbs/parts/05a_generator.ipynb #df9162ab
 def _student_or_teacher(generator, steps, teacher, autoencoder, model, device):
