@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
-from .engine.distances import effective_number
 
 # %% ../nbs/03_geometry.ipynb #5c9f557f
 def _samples(x, labels, ndim):

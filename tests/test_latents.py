@@ -16,7 +16,7 @@ from drift_rae.engine.streams import stream
 from drift_rae.parts.step import DistillConfig, step_samples
 from drift_rae.imagenet.folders import (
     ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images)
-from drift_rae.parts.latents import (
+from drift_rae.worlds.latents import (
     DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class)
 from test_run import ROOT, papermill, tagged
 

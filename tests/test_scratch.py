@@ -10,7 +10,7 @@ from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import stream
 from drift_rae.distill import distill, load_generator, run, start
 from drift_rae.imagenet.folders import digits_folder, encode_folder
-from drift_rae.parts.latents import describe_encoder, latent_store, save_latents
+from drift_rae.worlds.latents import describe_encoder, latent_store, save_latents
 from drift_rae.parts.step import RECIPE, config_for, fresh_model
 
 RESULTS = Path(__file__).parents[1]/'nbs'/'results'/'ablations'
