@@ -250,7 +250,7 @@ def train_encoder(
     seed:int=0, # of the initialisation and of the views
     config:dict=None, # of the encoder; None: the miniature's
 )->tuple: # encoder (frozen), loss of each step
-    "Train the miniature's representation encoder: SimCLR + named * cross-entropy"
+    "Train the miniature's representation encoder: SimCLR + named · cross-entropy"
     torch.manual_seed(seed) # timm initialises from the global stream
     encoder = Encoder(**(config or ENCODERS['tiny']))
     heads, g = _heads(encoder.dim, int(labels.max())+1), stream(seed, 'encoder')
@@ -275,7 +275,7 @@ def train_decoder(
     seed:int=0, # of the initialisation, the batches and the noise
     config:dict=None, # of the decoder; None: the miniature's
 )->tuple: # decoder, loss of each step
-    "Train an RAE decoder on noisy tokens: L1 + perceptual * token distance"
+    "Train an RAE decoder on noisy tokens: L1 + perceptual · token distance"
     torch.manual_seed(seed)
     decoder, g = RAEDecoder(config or DECODERS['tiny']), stream(seed, 'decoder')
     rae = RAE(encoder, decoder)

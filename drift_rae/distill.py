@@ -23,7 +23,8 @@ from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (
     check_world, drift_step, make_student, maps_of, own_chunks, step_labels, step_samples)
-from .parts.workers import prepare_workers, processes_for, start_method
+from .parts.workers import (
+    may_start_workers, prepare_workers, processes_for, start_method)
 from .engine.training import Checkpoints, train
 from .engine import launch, sharding
 
@@ -112,7 +113,7 @@ def _checkpoints(folder, config, seed, teacher, store, autoencoder):
 def distill(
     teacher:nn.Module, # flow model; the student starts from its weights
     store, # latent store
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     *, seed:int=0, # of everything random
     folder:str|Path=None, # for checkpoints and log.csv; None: none are written
     resume:str='auto', # auto: continue from a checkpoint if there is one; never: start over; must
@@ -159,7 +160,7 @@ def _write_generator(average, teacher, rae, out, about):
 
 # %% ../nbs/06_distill.ipynb #4954abd0
 def run(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     out:str, # output folder
     *, seed:int=0, # of everything random
     resume:str='auto', # auto, never or must
@@ -184,7 +185,7 @@ def run(
 
 # %% ../nbs/06_distill.ipynb #7df8eaa6
 def processes(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     model:str='tiny', # tiny, s, b, l or xl
     nproc:int=0, # as asked for; 0: chosen here
     nnodes:int=1, # machines
@@ -192,11 +193,11 @@ def processes(
     "Processes of a run: for the miniature on a CPU, as many as cores and classes allow"
     chosen = nproc or nnodes > 1 or launch._environment() # the last: torchrun or Slurm has chosen
     if chosen or model != 'tiny' or torch.cuda.is_available(): return nproc
-    return processes_for(config.n_class)
+    return processes_for(config.n_class) if may_start_workers() else 1
 
 # %% ../nbs/06_distill.ipynb #44dbc07d
 def dry(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     seed:int, # of everything random
     parts:dict, # as for load_parts
 )->list: # no steps
@@ -227,7 +228,7 @@ def _launched(config, out, nproc, parts, **options):
 
 # %% ../nbs/06_distill.ipynb #0dd6a3f8
 def execute(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     out:str|Path, # output folder
     parts:dict, # as for load_parts: model, teacher, latents, autoencoder, store
     *, seed:int=0, # of everything random
@@ -288,7 +289,9 @@ def start(
                    nproc=nproc, nnodes=nnodes, rdzv=rdzv, stop_above=stop_above, dry_run=dry_run)
 
 # %% ../nbs/06_distill.ipynb #c0af3fcf
-def main(argv=None):
+def main(
+    argv:list=None, # words of the command line; None: those of this process
+):
     "`python -m drift_rae.distill` and `drift_rae_distill`"
     parser = argparse.ArgumentParser(
         prog='drift_rae_distill',

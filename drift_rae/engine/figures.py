@@ -15,13 +15,14 @@ COLOURS = dict(
     real='#888888', paper='#CC79A7', # references
 )
 TEMPERATURES = {.02: '#440154', .05: '#21918C', .2: '#FDB32F'} # the paper's three
-SEQUENCE = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#000000'] # anything else
+SEQUENCE = [ # anything else
+    '#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#000000']
 
 # %% ../../nbs/engine/11_figures.ipynb #ee60b497
 WIDTH = 7. # inches: the widest figure of the book
 
 def figure_style(
-    vector:bool=False, # draw SVG in the notebook: sharp at any size, small for a few thousand points
+    vector:bool=False, # draw SVG: sharp at any size, small for a few thousand points
 ):
     "Set matplotlib's defaults for every figure of a notebook"
     import matplotlib.pyplot as plt
@@ -71,7 +72,7 @@ def public_methods(
 
 # %% ../../nbs/engine/11_figures.ipynb #61250323
 class EntryWithMethods:
-    "The text of a class's entry, followed by one entry for each public method; of a function, its entry"
+    "The text of the entry of a class, with one for each public method, or of a function"
     def __init__(
         self,
         sym:object, # function or class
@@ -84,7 +85,8 @@ class EntryWithMethods:
         owner = name or sym.__name__
         for method in public_methods(sym):
             value = inspect.getattr_static(sym, method)
-            value = getattr(value, 'func', None) or getattr(sym, method) # func: of a cached_property
+            # a cached_property keeps its function in func
+            value = getattr(value, 'func', None) or getattr(sym, method)
             self.entries.append(entry(value, name=f'{owner}.{method}', title_level=title_level + 1))
 
     def _repr_markdown_(self): return '\n\n'.join(text_of(e) for e in self.entries)

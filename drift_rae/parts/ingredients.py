@@ -68,7 +68,7 @@ def load_parts(
 
 # %% ../../nbs/parts/05g_ingredients.ipynb #57f59f68
 def check_store(
-    config:DistillConfig,
+    config:DistillConfig, # the recipe
     store, # latent store
 ):
     "A clear message (`ParameterError`) if the latents cannot give what the configuration needs"
