@@ -12,9 +12,9 @@ import json, math
 from pathlib import Path
 from .engine.parameters import ParameterError
 from .engine.files import fill, load_weights, save_weights, weights_path, write_json
-from .engine.streams import stream# before timm: it silences a warning
+from .engine.streams import stream
 from .engine.training import fit
-from .parts.data import deform
+from .worlds.data import deform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,40 +26,60 @@ from drift_rae.networks.vit import (
     sincos_positions)
 from .engine.hub import hub_folder, is_repository
 from .networks.sdvae import open_sdvae
+from fastcore.basics import patch
 _all_ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ENCODERS', 'DECODERS', 'Encoder', 'RAEDecoder',
     'make_encoder', 'sincos_positions', 'fill']
 
 # %% ../nbs/02_rae.ipynb #ef56ab97
 class RAE(nn.Module):
-    "Frozen encoder, latent statistics, decoder: `encode` images to normalised latents, `decode` them back"
+    "Frozen encoder, latent statistics, decoder: `encode` images to latents, `decode` them back"
     def __init__(self,
-        encoder:nn.Module, # images -> tokens [N, C, h, w]; None if only `decode` is needed
+        encoder:nn.Module, # images -> tokens [N, C, h, w]; None if only decode is needed
         decoder:RAEDecoder, # tokens -> pixel patches
-        mean:Tensor=None, # of the tokens [C, h, w]; None = not subtracted
-        var:Tensor=None, # their variance [C, h, w]; None = not divided by
+        mean:Tensor=None, # of the tokens [C, h, w]; None: not subtracted
+        var:Tensor=None, # their variance [C, h, w]; None: not divided by
         eps:float=1e-5, # added to the variance
     ):
         super().__init__()
-        self.encoder, self.decoder, self.eps = encoder and encoder.eval().requires_grad_(False), decoder, eps
-        self.register_buffer('latent_mean', mean); self.register_buffer('latent_var', var)
+        self.encoder = encoder and encoder.eval().requires_grad_(False)
+        self.decoder, self.eps = decoder, eps
+        self.register_buffer('latent_mean', mean)
+        self.register_buffer('latent_var', var)
 
     @property
-    def latent_shape(self): c = self.decoder.config; return (c['latent_dim'], self.decoder.side, self.decoder.side)
+    def latent_shape(self)->tuple: # (C, h, w)
+        "Shape of one latent"
+        return self.decoder.config['latent_dim'], self.decoder.side, self.decoder.side
 
-    def normalise(self, tokens:Tensor)->Tensor: # encoder output [N, C, h, w] -> latents of unit variance
-        if self.latent_mean is not None: tokens = tokens - self.latent_mean
-        return tokens if self.latent_var is None else tokens/(self.latent_var + self.eps).sqrt()
+# %% ../nbs/02_rae.ipynb #377ad650
+@patch
+def normalise(self:RAE, tokens:Tensor)->Tensor: # tokens [N, C, h, w] -> latents [N, C, h, w]
+    "Encoder output to latents of mean 0 and variance 1 over the training set"
+    if self.latent_mean is not None: tokens = tokens - self.latent_mean
+    return tokens if self.latent_var is None else tokens/(self.latent_var + self.eps).sqrt()
 
-    def denormalise(self, latents:Tensor)->Tensor: # the inverse of `normalise`
-        if self.latent_var is not None: latents = latents*(self.latent_var + self.eps).sqrt()
-        return latents if self.latent_mean is None else latents + self.latent_mean
+@patch
+def denormalise(self:RAE, latents:Tensor)->Tensor: # latents [N, C, h, w] -> tokens [N, C, h, w]
+    "The inverse of `normalise`"
+    if self.latent_var is not None: latents = latents*(self.latent_var + self.eps).sqrt()
+    return latents if self.latent_mean is None else latents + self.latent_mean
 
-    def encode(self, images:Tensor)->Tensor: # images [N, 3, H, W] in [0, 1] -> latents [N, C, h, w]
-        return self.normalise(self.encoder(images))
+# %% ../nbs/02_rae.ipynb #58f887e1
+@patch
+def encode(self:RAE, images:Tensor)->Tensor: # images [N, 3, H, W] in [0, 1] -> latents [N, C, h, w]
+    "Latents of float images in [0, 1], of mean 0 and variance 1 over the training set"
+    return self.normalise(self.encoder(images))
 
-    def decode(self, latents:Tensor, clamp:bool=True)->Tensor: # latents [N, C, h, w] -> images [N, 3, H, W], in [0, 1] if clamped
-        images = self.decoder.unpatchify(self.decoder(self.denormalise(latents)))*self.decoder.std + self.decoder.mean
-        return images.clamp(0, 1) if clamp else images
+# %% ../nbs/02_rae.ipynb #8e9b22ca
+@patch
+def decode(self:RAE,
+    latents:Tensor, # [N, C, h, w]
+    clamp:bool=True, # False keeps values outside [0, 1], and with them the gradient
+)->Tensor: # images float [N, 3, H, W], in [0, 1] if clamped
+    "Images of latents"
+    patches = self.decoder(self.denormalise(latents)) # [N, h*w, p*p*3]
+    images = self.decoder.unpatchify(patches)*self.decoder.std + self.decoder.mean
+    return images.clamp(0, 1) if clamp else images
 
 # %% ../nbs/02_rae.ipynb #8c00b6a7
 def latent_statistics(
@@ -79,89 +99,127 @@ def latent_statistics(
 # %% ../nbs/02_rae.ipynb #06a4fd0a
 def _parts(rae):
     "Name -> (tensors, configuration) of the three files"
-    stats = {k: v for k, v in dict(mean=rae.latent_mean, var=rae.latent_var).items() if v is not None}
-    parts = dict(encoder=rae.encoder and (rae.encoder.state_dict(), rae.encoder.config), decoder=(rae.decoder.state_dict(), rae.decoder.config), stats=(stats, dict(eps=rae.eps)))
-    return {k: v for k, v in parts.items() if v}
+    stats = dict(mean=rae.latent_mean, var=rae.latent_var)
+    stats = {k: v for k, v in stats.items() if v is not None}
+    parts = dict(decoder=(rae.decoder.state_dict(), rae.decoder.config),
+                 stats=(stats, dict(eps=rae.eps)))
+    if rae.encoder is None: return parts
+    return dict(encoder=(rae.encoder.state_dict(), rae.encoder.config), **parts)
 
+# %% ../nbs/02_rae.ipynb #adbc44b0
 def save_rae(
     rae:RAE, # to be written
-    folder:str|Path, # receives encoder.safetensors, decoder.safetensors, stats.safetensors, config.json
+    folder:str|Path, # receives encoder, decoder and stats (.safetensors) and config.json
 ):
     "Write an autoencoder as three safetensors files and a config.json, which comes last"
-    for name, (tensors, config) in _parts(rae).items(): save_weights(Path(folder)/f'{name}.safetensors', tensors, config)
-    write_json(Path(folder)/'config.json', {name: config for name, (_, config) in _parts(rae).items()})
+    parts = _parts(rae)
+    for name, (tensors, config) in parts.items():
+        save_weights(Path(folder)/f'{name}.safetensors', tensors, config)
+    write_json(Path(folder)/'config.json', {name: config for name, (_, config) in parts.items()})
+
+RAE.save_pretrained = save_rae
 
 # %% ../nbs/02_rae.ipynb #b7d1c0e4
 RAE_FILES = ('encoder.safetensors', 'decoder.safetensors', 'stats.safetensors')
 
+# %% ../nbs/02_rae.ipynb #980fe563
+def _read_part(part, path, about, build):
+    "One file of a folder, built; `about` is what config.json says, {} if there is none"
+    weights, config = load_weights(path)
+    said = about.get(part, config)
+    differ = [k for k in {**config, **said} if said.get(k) != config.get(k)]
+    if differ:
+        raise ParameterError(f'{path.parent/"config.json"} and {path.name} disagree about '
+                             f'{differ[0]} of the {part}: {said.get(differ[0])} and '
+                             f'{config.get(differ[0])}')
+    if build is None: return weights, config
+    try: network = build(config)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ParameterError(f'{path.name} does not fit its configuration: {e}') from e
+    fill(network, weights, path)
+    return network
+
+# %% ../nbs/02_rae.ipynb #7b22f589
+def _is_ours(name_or_path, options):
+    "Whether a name is the miniature's or that of a folder with our files"
+    if str(name_or_path) == 'tiny': return True
+    return not options and all((Path(name_or_path)/f).is_file() for f in RAE_FILES[1:])
+
+# %% ../nbs/02_rae.ipynb #0fdc66e9
 def load_rae(
-    name_or_path:str|Path='tiny', # 'tiny' (shipped), a folder written by `save_rae`, or what `official.load_official` takes
-    revision:str=None, # of a Hugging Face repository; None = its newest
-    **options, # for `official.load_official`: name, encoder, decoder
+    name_or_path:str|Path='tiny', # tiny (shipped), a folder of save_rae, or as for open_rae
+    revision:str=None, # of a Hugging Face repository; None: its newest
+    **options, # for load_official: name, encoder, decoder
 )->RAE: # in evaluation mode
-    "Read an autoencoder; one sentence if a file is missing, damaged or of another architecture"
-    shipped = str(name_or_path) == 'tiny'
-    if not shipped and (options or not all((Path(name_or_path)/f).is_file() for f in RAE_FILES[1:])):
-        return open_rae(name_or_path, revision, **options)
-    name, folder = ('tiny', '') if shipped else ('x', name_or_path)
-    about = Path(folder)/'config.json'
-    said = json.loads(about.read_text()) if folder and about.is_file() else {}
-    parts = {}
-    for part, build in (('encoder', lambda c: Encoder(**c)), ('decoder', RAEDecoder), ('stats', None)):
-        path = weights_path(f'{name}/{part}', folder)
-        if part == 'encoder' and said and part not in said: continue # saved without one: it can decode
-        weights, config = load_weights(path)
-        differ = [k for k in {**config, **said.get(part, config)} if said.get(part, config).get(k) != config.get(k)]
-        if differ: raise ParameterError(f"{about} and {path.name} disagree about {differ[0]} of the {part}: {said[part].get(differ[0])} and {config.get(differ[0])}")
-        try: parts[part] = build(config) if build else (weights, config)
-        except (RuntimeError, TypeError, ValueError) as e: raise ParameterError(f"{path.name} does not fit its configuration: {e}") from e
-        if build: fill(parts[part], weights, path)
+    "Read an autoencoder; a clear message if a file is missing, damaged or does not fit"
+    if not _is_ours(name_or_path, options): return open_rae(name_or_path, revision, **options)
+    name, folder = ('tiny', '') if str(name_or_path) == 'tiny' else ('x', name_or_path)
+    file = Path(folder)/'config.json'
+    about = json.loads(file.read_text()) if folder and file.is_file() else {}
+    parts, builders = {}, dict(encoder=lambda c: Encoder(**c), decoder=RAEDecoder, stats=None)
+    for part, build in builders.items():
+        if part == 'encoder' and about and part not in about: continue # saved without: can decode
+        parts[part] = _read_part(part, weights_path(f'{name}/{part}', folder), about, build)
     stats, config = parts['stats']
-    return RAE(parts.get('encoder'), parts['decoder'], mean=stats.get('mean'), var=stats.get('var'), **config).eval()
+    return RAE(parts.get('encoder'), parts['decoder'], mean=stats.get('mean'),
+               var=stats.get('var'), **config).eval()
 
 RAE.from_pretrained = staticmethod(load_rae)
-RAE.save_pretrained = save_rae
 
 # %% ../nbs/02_rae.ipynb #f1f61abe
 def load_official(
-    name:str='dinov2-b', # a row of `OFFICIAL_RAES`
+    name:str='dinov2-b', # a row of OFFICIAL_RAES
     source:str|Path=COLLECTION, # the collection, or a folder in its layout
-    revision:str=None, # of the collection; None = the newest
-    encoder:str|Path|Encoder='', # the encoder itself, or where its weights are, see `load_encoder`; 'none' = only decode
+    revision:str=None, # of the collection; None: the newest
+    encoder:str|Path|Encoder='', # itself, or its weights, see load_encoder; none: only decode
     decoder:dict=None, # configuration of a decoder of another size
 )->RAE: # in evaluation mode
     "A released autoencoder from the Hub, from its cache, or from a folder"
-    row = _row(OFFICIAL_RAES, name)
-    shas = _shas(str(source), revision)
+    row, shas = _row(OFFICIAL_RAES, name), _shas(str(source), revision)
+    def file(kind): return _in_source(source, [row[kind]], revision, shas)
     config = decoder or decoder_config(name)
-    made = load_decoder(_in_source(source, [row['decoder']], revision, shas), config)
-    stats = load_stats(_in_source(source, [row['stats']], revision, shas), (config['latent_dim'], made.side, made.side))
-    if isinstance(encoder, (str, Path)): encoder = None if str(encoder) == 'none' else load_encoder(row['encoder'], encoder, input_size=row['input_size'])
+    made = load_decoder(file('decoder'), config)
+    stats = load_stats(file('stats'), (config['latent_dim'], made.side, made.side))
+    if str(encoder) == 'none': encoder = None
+    elif isinstance(encoder, (str, Path)):
+        encoder = load_encoder(row['encoder'], encoder, input_size=row['input_size'])
     return RAE(encoder, made, *stats).eval()
 
 # %% ../nbs/02_rae.ipynb #ab2faa8f
+def _open_folder(folder, name, options):
+    "An autoencoder in a folder that is not of `save_rae`"
+    if any(Path(folder).glob('diffusion_pytorch_model.*')): return open_sdvae(folder)
+    row = _row(OFFICIAL_RAES, name)
+    if (Path(folder)/row['decoder']).is_file(): return load_official(name, folder, **options)
+    gone = [f for f in RAE_FILES[1:] if not (Path(folder)/f).is_file()]
+    raise ParameterError(f"autoencoder {folder!r}: the folder lacks {', '.join(gone)} (files of "
+                         f"this package), and also {row['decoder']} (the official layout)")
+
+# %% ../nbs/02_rae.ipynb #29a0e0cc
+def _open_repository(repository, revision):
+    "An autoencoder in a Hugging Face repository: SD-VAE, or our own files"
+    about = (hub_folder(repository, ('config.json',), revision)/'config.json').read_text()
+    if 'AutoencoderKL' in about: return open_sdvae(repository, revision)
+    folder = hub_folder(repository, ('config.json', *RAE_FILES[1:]), revision)
+    if '"encoder"' in about: hub_folder(repository, RAE_FILES[:1], folder.name)
+    return load_rae(folder)
+
+# %% ../nbs/02_rae.ipynb #036f9a1f
 def open_rae(
-    name_or_path:str|Path, # a row of `OFFICIAL_RAES`, the collection, a folder in its layout, a repository with our own files, or a folder or repository with SD-VAE's
+    name_or_path:str|Path, # a released name, the collection, a folder or a repository
     revision:str=None, # of a repository
     name:str='dinov2-b', # which RAE of the collection or folder
-    **options, # `encoder` and `decoder` of `load_official`
+    **options, # encoder and decoder of load_official
 )->RAE: # in evaluation mode
-    "What `RAE.from_pretrained` does with names that are not the miniature's"
+    "An autoencoder by any name but the miniature's"
     what = str(name_or_path)
     if what in OFFICIAL_RAES: return load_official(what, COLLECTION, revision, **options)
     if what == COLLECTION: return load_official(name, COLLECTION, revision, **options)
-    if Path(what).is_dir():
-        if any(Path(what).glob('diffusion_pytorch_model.*')): return open_sdvae(what)
-        row = _row(OFFICIAL_RAES, name)
-        if (Path(what)/row['decoder']).is_file(): return load_official(name, what, **options)
-        gone = [f for f in RAE_FILES[1:] if not (Path(what)/f).is_file()]
-        raise ParameterError(f"autoencoder {what!r}: the folder lacks {', '.join(gone)} (files of this package), and also {row['decoder']} (the official layout)")
-    if not is_repository(what): raise ParameterError(f"autoencoder {what!r}: accepted is tiny, one of {', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with encoder, decoder and stats (.safetensors)")
-    about = (hub_folder(what, ('config.json',), revision)/'config.json').read_text()
-    if 'AutoencoderKL' in about: return open_sdvae(what, revision)
-    folder = hub_folder(what, ('config.json', *RAE_FILES[1:]), revision)
-    if '"encoder"' in about: hub_folder(what, RAE_FILES[:1], folder.name)
-    return load_rae(folder)
+    if Path(what).is_dir(): return _open_folder(what, name, options)
+    if is_repository(what): return _open_repository(what, revision)
+    raise ParameterError(f"autoencoder {what!r}: accepted is tiny, one of "
+                         f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with "
+                         'encoder, decoder and stats (.safetensors)')
 
 # %% ../nbs/02_rae.ipynb #a4d28860
 def contrastive_loss(
@@ -169,13 +227,20 @@ def contrastive_loss(
     b:Tensor, # embeddings of the other view [N, D]
     temperature:float=.2, # of the softmax over all other views
 )->Tensor: # scalar
-    "SimCLR (Chen et al. 2020): each view must find its partner among the 2N-2 others"
+    "SimCLR (Chen et al. 2020): each view against its partner and the 2N-2 other views"
     x = F.normalize(torch.cat([a, b]), dim=1)
     scores = (x @ x.T/temperature).fill_diagonal_(-math.inf)
     n = len(a)
     return F.cross_entropy(scores, torch.arange(2*n, device=x.device).roll(n))
 
 # %% ../nbs/02_rae.ipynb #4092cfcb
+def _heads(dim, classes):
+    "The projection for the contrastive loss, and the classifier"
+    return nn.ModuleDict(dict(
+        project=nn.Sequential(nn.Linear(dim, 128), nn.GELU(), nn.Linear(128, 64)),
+        classify=nn.Linear(dim, classes)))
+
+# %% ../nbs/02_rae.ipynb #63d9ffeb
 def train_encoder(
     images:Tensor, # [N, 3, H, W] in [0, 1]
     labels:Tensor, # int64 [N]
@@ -183,21 +248,20 @@ def train_encoder(
     batch:int=256, # images per update, two views each
     named:float=1., # weight of the cross-entropy
     seed:int=0, # of the initialisation and of the views
-    config:dict=None, # of the encoder; None = the miniature's
+    config:dict=None, # of the encoder; None: the miniature's
 )->tuple: # encoder (frozen), loss of each step
-    "Train the miniature's representation encoder: SimCLR + named * cross-entropy"
+    "Train the miniature's representation encoder: SimCLR + named · cross-entropy"
     torch.manual_seed(seed) # timm initialises from the global stream
     encoder = Encoder(**(config or ENCODERS['tiny']))
-    heads = nn.ModuleDict(dict(
-        project=nn.Sequential(nn.Linear(encoder.dim, 128), nn.GELU(), nn.Linear(128, 64)),
-        classify=nn.Linear(encoder.dim, int(labels.max())+1)))
-    g = stream(seed, 'encoder')
+    heads, g = _heads(encoder.dim, int(labels.max())+1), stream(seed, 'encoder')
     def loss(step):
         i = torch.randint(len(images), (batch,), generator=g)
         views = torch.cat([deform(images[i], g, 1.5), deform(images[i], g, 1.5)])
         pooled = encoder(views).mean((2, 3)) # [2N, D]
-        return contrastive_loss(*heads['project'](pooled).chunk(2)) + named*F.cross_entropy(heads['classify'](pooled), labels[i].repeat(2))
-    losses = fit(nn.ModuleList([encoder, heads]), loss, steps=steps, lr=(3e-3, 1e-4), weight_decay=.05, name='encoder')
+        contrast = contrastive_loss(*heads['project'](pooled).chunk(2))
+        return contrast + named*F.cross_entropy(heads['classify'](pooled), labels[i].repeat(2))
+    losses = fit(nn.ModuleList([encoder, heads]), loss, steps=steps, lr=(3e-3, 1e-4),
+                 weight_decay=.05, name='encoder')
     return encoder.eval().requires_grad_(False), losses
 
 # %% ../nbs/02_rae.ipynb #472ea868
@@ -209,9 +273,9 @@ def train_decoder(
     noise:float=.8, # largest standard deviation added to the tokens
     perceptual:float=.1, # weight of the token distance
     seed:int=0, # of the initialisation, the batches and the noise
-    config:dict=None, # of the decoder; None = the miniature's
+    config:dict=None, # of the decoder; None: the miniature's
 )->tuple: # decoder, loss of each step
-    "Train an RAE decoder on noisy tokens: L1 + perceptual * token distance"
+    "Train an RAE decoder on noisy tokens: L1 + perceptual · token distance"
     torch.manual_seed(seed)
     decoder, g = RAEDecoder(config or DECODERS['tiny']), stream(seed, 'decoder')
     rae = RAE(encoder, decoder)
@@ -219,7 +283,9 @@ def train_decoder(
     def loss(step):
         i = torch.randint(len(images), (batch,), generator=g)
         sigma = noise*torch.rand(batch, 1, 1, 1, generator=g)
-        made = rae.decode(tokens[i] + sigma*torch.randn(tokens[i].shape, generator=g), clamp=False)
-        return (made - images[i]).abs().mean() + perceptual*(encoder(made) - tokens[i]).square().mean()
+        noisy = tokens[i] + sigma*torch.randn(tokens[i].shape, generator=g)
+        made = rae.decode(noisy, clamp=False)
+        distance = (encoder(made) - tokens[i]).square().mean()
+        return (made - images[i]).abs().mean() + perceptual*distance
     losses = fit(decoder, loss, steps=steps, lr=(2e-3, 1e-4), name='decoder')
     return decoder.eval(), losses

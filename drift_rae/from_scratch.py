@@ -11,8 +11,9 @@ import io, time
 from contextlib import redirect_stdout
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
-from .parts.bench import EVALUATION, Space, _weights
+from .parts.bench import EVALUATION, Space, weights_digest
 from .engine.streams import image_noise, stream
 from .distill import changed, distill
 from .flow import one_step
@@ -22,96 +23,132 @@ from .engine.training import fit
 # %% ../nbs/09_from_scratch.ipynb #8e3f3de1
 class LatentMAE(nn.Module):
     "A masked autoencoder on latents, fine-tuned on classes; `features` are its tokens"
-    def __init__(self, channels:int=32, side:int=4, width:int=64, depth:int=2, num_classes:int=10):
+    def __init__(self,
+        channels:int=32, # of a latent
+        side:int=4, # tokens per side of a latent
+        width:int=64, # of the transformer
+        depth:int=2, # its layers
+        num_classes:int=10, # that the head tells apart
+    ):
         super().__init__()
-        self.embed, self.position = nn.Linear(channels, width), nn.Parameter(.02*torch.randn(side**2, width))
+        self.embed = nn.Linear(channels, width)
+        self.position = nn.Parameter(.02*torch.randn(side**2, width))
         self.hidden = nn.Parameter(torch.zeros(width))
-        layer = nn.TransformerEncoderLayer(width, 4, 2*width, dropout=0., activation='gelu', batch_first=True, norm_first=True)
-        self.blocks, self.norm = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.LayerNorm(width, elementwise_affine=False)
+        layer = nn.TransformerEncoderLayer(width, 4, 2*width, dropout=0., activation='gelu',
+            batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.restore, self.classify = nn.Linear(width, channels), nn.Linear(width, num_classes)
 
-    def tokens(self, x:Tensor, hide:Tensor=None)->Tensor: # latents [N, C, h, w] -> [N, T, width]
-        t = self.embed(x.flatten(2).mT)
-        if hide is not None: t = torch.where(hide[..., None], self.hidden, t)
-        return self.norm(self.blocks(t + self.position))
+# %% ../nbs/09_from_scratch.ipynb #940e41b1
+@patch
+def tokens(self:LatentMAE, x:Tensor, hide:Tensor=None)->Tensor:
+    "Latents [N, C, h, w] -> tokens [N, T, width]; `hide`: bool [N, T], tokens that are masked"
+    t = self.embed(x.flatten(2).mT)
+    if hide is not None: t = torch.where(hide[..., None], self.hidden, t)
+    return self.norm(self.blocks(t + self.position))
 
-    def features(self, x:Tensor)->Tensor: # latents [N, C, h, w] -> [N, width, h, w]
-        return self.tokens(x).mT.unflatten(2, x.shape[2:])
+@patch
+def features(self:LatentMAE, x:Tensor)->Tensor:
+    "Latents [N, C, h, w] -> features [N, width, h, w]"
+    return self.tokens(x).mT.unflatten(2, x.shape[2:])
 
+# %% ../nbs/09_from_scratch.ipynb #653d6c45
 def train_mae(
-    store, # `latents.LatentStore`
+    store, # LatentStore
     *, steps:int=400, # updates
     batch:int=128, # latents per update
     named:float=.1, # weight of the cross-entropy
-    seed:int=0,
+    seed:int=0, # of weights, batches and masks
 )->LatentMAE: # frozen
-    "Hidden tokens from visible ones, and a little of the class"
+    "Train on restoring hidden tokens, and with a small weight on the class"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net, g = LatentMAE(store.latent_shape[0], store.latent_shape[1]), stream(seed, 'mae')
     def loss(step):
         x, y = store.batch(batch, g)
-        hide = torch.rand(batch, x[0, 0].numel(), generator=g).argsort(1) < x[0, 0].numel()//2
+        tokens = x[0, 0].numel()
+        hide = torch.rand(batch, tokens, generator=g).argsort(1) < tokens//2
         t = net.tokens(x, hide)
-        return (net.restore(t) - x.flatten(2).mT)[hide].square().mean() + named*F.cross_entropy(net.classify(t.mean(1)), y)
+        restored = (net.restore(t) - x.flatten(2).mT)[hide].square().mean()
+        return restored + named*F.cross_entropy(net.classify(t.mean(1)), y)
     fit(net, loss, steps=steps, lr=(2e-3, 2e-5), name='mae')
     return net.eval().requires_grad_(False)
 
 # %% ../nbs/09_from_scratch.ipynb #9cee3bf8
-ROWS = {'VAE': ('VAE', 'plain', 220.55), 'RAE': ('RAE', 'plain', 100.31), 'RAE, decode-encode': ('RAE', 'through', 7.04),
-    'VAE, decode, RAE encode': ('VAE', 'through', None), 'VAE, auxiliary features': ('VAE', 'mae', None), 'RAE, auxiliary features': ('RAE', 'mae', None)} # space, map, the paper's FID
+ROWS = { # name -> space, map, the paper's FID
+    'VAE':                     ('VAE', 'plain',   220.55),
+    'RAE':                     ('RAE', 'plain',   100.31),
+    'RAE, decode-encode':      ('RAE', 'through', 7.04),
+    'VAE, decode, RAE encode': ('VAE', 'through', None),
+    'VAE, auxiliary features': ('VAE', 'mae',     None),
+    'RAE, auxiliary features': ('RAE', 'mae',     None)}
 SCRATCH = 'n_class=2 n_pos=32 n_neg=32 n_extra_neg=0 steps=2000'
-RATES = {'VAE': 5e-3, 'RAE': 5e-3, 'RAE, decode-encode': 1e-3, 'VAE, decode, RAE encode': 1e-3, 'VAE, auxiliary features': 5e-3, 'RAE, auxiliary features': 1e-3} # learning rates at the start, see what was tried below; the last is a hundredth
+RATES = { # learning rates at the start, see what was tried below; the last is a hundredth
+    'VAE': 5e-3, 'RAE': 5e-3, 'RAE, decode-encode': 1e-3, 'VAE, decode, RAE encode': 1e-3,
+    'VAE, auxiliary features': 5e-3, 'RAE, auxiliary features': 1e-3}
 
+# %% ../nbs/09_from_scratch.ipynb #96b3f699
 def scratch_config(
-    name:str, # of `ROWS`
-    rate:float=0., # learning rate at the start; 0: that of `RATES`
-)->DistillConfig:
+    name:str, # of ROWS
+    rate:float=0., # learning rate at the start; 0: that of RATES
+)->DistillConfig: # of the miniature
     "What a row runs"
     rate = rate or RATES[name]
     return changed(config_for('tiny'), f'{SCRATCH} lr=({rate:g},{rate/100:g})')
 
+# %% ../nbs/09_from_scratch.ipynb #45db4eb8
 def maps(
     kind:str, # 'plain', 'through' (images, then the RAE's encoder) or 'mae'
-    space:Space,
-    rae, # `autoencoder.RAE`, with its encoder
-    **mae, # options of `train_mae`
-)->tuple: # maps of generated and of real latents, as for `drift_step`
+    space:Space, # whose latents are generated
+    rae, # RAE with its encoder
+    **mae, # options of train_mae
+)->tuple: # maps of generated and of real latents, as for drift_step
     "What the field compares"
     if kind == 'plain': return None, None
     if kind == 'mae':
         net = train_mae(space.store, **mae)
         return net.features, net.features
     if space.name == 'RAE': return through_images(rae)
-    through = lambda x: rae.encode(space.rae.decode(x, clamp=False))
+    def through(x): return rae.encode(space.rae.decode(x, clamp=False))
     return through, through
 
+# %% ../nbs/09_from_scratch.ipynb #049e7973
 def from_scratch(
-    name:str, # of `ROWS`
+    name:str, # of ROWS
     space:Space, # of that row
     rae, # the RAE, for rows that go through images
-    config:DistillConfig=None, # None: `scratch_config`
-    seed:int=0,
+    config:DistillConfig=None, # None: scratch_config
+    seed:int=0, # of weights and samples
     every:int=0, # steps between points of the curve; 0: none
-    **mae, # options of `train_mae`
+    **mae, # options of train_mae
 )->tuple: # the averaged generator, its curve [(step, quick Frechet distance)], the log
     "Train a generator from fresh weights by drifting"
-    config, curve = config or scratch_config(name), []
+    config, curve, noise_seed = config or scratch_config(name), [], EVALUATION['noise_seed'] + seed
     def callback(step, row, average):
-        if every and (step+1) % every == 0: curve.append([step+1, space.evaluate(lambda z, y: one_step(average, z, y), 100, EVALUATION['noise_seed'] + seed, more=False)['fd']])
-    average, log = distill(fresh_model('tiny', space.store, seed), space.store, config, seed=seed, callback=callback, maps=maps(ROWS[name][1], space, rae, **mae))
+        if not every or (step+1) % every: return
+        def generate(z, y): return one_step(average, z, y)
+        curve.append([step+1, space.evaluate(generate, 100, noise_seed, more=False)['fd']])
+    pair = maps(ROWS[name][1], space, rae, **mae)
+    average, log = distill(fresh_model('tiny', space.store, seed), space.store, config, seed=seed,
+        callback=callback, maps=pair)
     return average, curve, log
 
 # %% ../nbs/09_from_scratch.ipynb #6f84cbe9
 def scratch_recipe(
-    name:str, # of `ROWS`
-    config:DistillConfig=None, # None: `scratch_config`
-)->dict:
+    name:str, # of ROWS
+    config:DistillConfig=None, # None: scratch_config
+)->dict: # JSON-serialisable
     "All that a result depends on but the seed and the code"
     (space, kind, _), config = ROWS[name], config or scratch_config(name)
-    files = {'judge', *({'encoder', 'stats', 'decoder'} if space == 'RAE' or kind == 'through' else ()), *(('vae',) if space == 'VAE' else ())}
-    return dict(config.recipe(), row=name, space=space, map=kind, evaluation=EVALUATION, weights={n: _weights(n) for n in sorted(files)})
+    files = {'judge'}
+    if space == 'RAE' or kind == 'through': files |= {'encoder', 'stats', 'decoder'}
+    if space == 'VAE': files.add('vae')
+    weights = {n: weights_digest(n) for n in sorted(files)}
+    return dict(config.recipe(), row=name, space=space, map=kind, evaluation=EVALUATION,
+        weights=weights)
 
+# %% ../nbs/09_from_scratch.ipynb #96ce54c2
 @torch.no_grad()
 def relative_length(
     model:nn.Module, # (x, t, y) -> velocity, a generator
@@ -120,20 +157,25 @@ def relative_length(
 )->float: # 1: as long as real ones
     "Mean norm of generated latents over the mean norm of real ones"
     labels = torch.arange(space.store.num_classes).repeat_interleave(30)
-    x = one_step(model, image_noise(labels, space.store.latent_shape, EVALUATION['noise_seed'] + seed), labels)
-    real, _ = space.store.batch(300, stream(seed, 'length'))
-    return (x.flatten(1).norm(dim=1).mean()/real.flatten(1).norm(dim=1).mean()).item()
+    noise = image_noise(labels, space.store.latent_shape, EVALUATION['noise_seed'] + seed)
+    x = one_step(model, noise, labels).flatten(1)
+    real = space.store.batch(300, stream(seed, 'length'))[0].flatten(1)
+    return (x.norm(dim=1).mean()/real.norm(dim=1).mean()).item()
 
+# %% ../nbs/09_from_scratch.ipynb #c290fe88
 def scratch_result(
-    name:str, # of `ROWS`
-    spaces:dict, # 'RAE' and 'VAE' -> `Space`
-    seed:int=0,
-    config:DistillConfig=None, # None: `scratch_config`
+    name:str, # of ROWS
+    spaces:dict, # 'RAE' and 'VAE' -> Space
+    seed:int=0, # of weights and samples
+    config:DistillConfig=None, # None: scratch_config
 )->dict: # figures, curve, gradient norms, seconds
     "Train one row and judge it"
     space, begin = spaces[ROWS[name][0]], time.process_time()
-    with redirect_stdout(io.StringIO()): model, curve, log = from_scratch(name, space, spaces['RAE'].rae, config, seed, every=200)
-    seconds = time.process_time() - begin
+    with redirect_stdout(io.StringIO()):
+        model, curve, log = from_scratch(name, space, spaces['RAE'].rae, config, seed, every=200)
+    seconds, noise_seed = time.process_time() - begin, EVALUATION['noise_seed'] + seed
     norms = [r['gradient_norm'] for r in log]
-    return dict(figures=space.evaluate(lambda z, y: one_step(model, z, y), EVALUATION['per_class'], EVALUATION['noise_seed'] + seed), curve=curve,
-        length=relative_length(model, space, seed), gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))
+    def generate(z, y): return one_step(model, z, y)
+    return dict(figures=space.evaluate(generate, EVALUATION['per_class'], noise_seed), curve=curve,
+        length=relative_length(model, space, seed),
+        gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))

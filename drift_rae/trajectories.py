@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from .parts.bench import EVALUATION, Row, Space, _weights
+from .parts.bench import EVALUATION, Row, Space, weights_digest
 from .engine.streams import stream
 from .engine.training import linear_decay, train
 from .distill import distill
@@ -22,10 +22,15 @@ from .parts.step import make_student
 
 # %% ../nbs/10_trajectories.ipynb #57d6ce9a
 @torch.no_grad()
-def endpoint_error(space:Space, model:nn.Module, noise_seed:int)->float: # 0: on the teacher's trajectory; 1: as far as the mean of all end points
+def endpoint_error(
+    space:Space, # with its teacher
+    model:nn.Module, # (x, t, y) -> velocity, used as a one-step generator
+    noise_seed:int, # of the noises
+)->float: # 0: on the teacher's trajectories; 1: as far as the mean of all end points
     "Squared distance from where the teacher's ODE ends, over the variance of the end points"
     z, labels, ends = space.endpoints(noise_seed)
-    return ((one_step(model, z, labels) - ends).square().sum()/(ends - ends.mean(0)).square().sum()).item()
+    error = (one_step(model, z, labels) - ends).square().sum()
+    return (error/(ends - ends.mean(0)).square().sum()).item()
 
 # %% ../nbs/10_trajectories.ipynb #4e855dc5
 def end_of(
@@ -37,39 +42,42 @@ def end_of(
     "The end point that a velocity implies: x - t v(x, t)"
     return x - t[:, None, None, None]*model(x, t, labels)
 
+# %% ../nbs/10_trajectories.ipynb #3a716eaa
 def regression_loss(
-    student:nn.Module,
+    student:nn.Module, # (x, t, y) -> velocity
     z:Tensor, # noises [N, C, h, w]
     labels:Tensor, # int64 [N]
-    ends:Tensor, # where the teacher's ODE takes them
+    ends:Tensor, # where the teacher's ODE takes them [N, C, h, w]
 )->Tensor: # scalar
     "Mean squared distance of the one-step generator from the end points"
     return (one_step(student, z, labels) - ends).square().mean()
 
+# %% ../nbs/10_trajectories.ipynb #5a843f6f
 def consistency_loss(
-    student:nn.Module,
-    target:nn.Module, # a moving average of it
-    teacher:nn.Module,
+    student:nn.Module, # (x, t, y) -> velocity
+    target:nn.Module, # a moving average of the student
+    teacher:nn.Module, # whose trajectories are followed
     x:Tensor, # data with noise [N, C, h, w] at times t
     t:Tensor, # [N]
     s:Tensor, # [N], the next times of the grid, smaller
     labels:Tensor, # int64 [N]
 )->Tensor: # scalar
-    "Consistency distillation: the end points of a point and of its neighbour on the teacher's trajectory agree"
+    "Mean squared distance between the end points of a point and of its neighbour on the trajectory"
     with torch.no_grad():
         neighbour = x + (s - t)[:, None, None, None]*teacher(x, t, labels)
         wanted = end_of(target, neighbour, s, labels)
     return (end_of(student, x, t, labels) - wanted).square().mean()
 
+# %% ../nbs/10_trajectories.ipynb #3ab48334
 def matching_loss(
     x:Tensor, # generated latents [N, C, h, w], with gradient
-    teacher:nn.Module,
+    teacher:nn.Module, # a flow model of the data
     fake:nn.Module, # a flow model of the generated latents
     t:Tensor, # times [N]
     noise:Tensor, # [N, C, h, w]
     labels:Tensor, # int64 [N]
 )->Tensor: # scalar
-    "Distribution matching: its gradient is the difference of two denoised samples, normalised per sample as in DMD"
+    "Its gradient is the difference of two denoised samples, normalised per sample as in DMD"
     with torch.no_grad():
         noisy = (1-t)[:, None, None, None]*x + t[:, None, None, None]*noise
         real, generated = (end_of(m, noisy, t, labels) for m in (teacher, fake))
@@ -85,34 +93,41 @@ METHODS = dict(
     consistency = dict(points=17, batch=64, ema=(.99, 100)), # points of the grid of times
     matching    = dict(low=.02, high=.98, batch=64, ema=(.99, 100)), # range of the times
 )
-RATES = dict( # learning rates at the start, each the best of those tried below; the last is a hundredth
+RATES = dict( # learning rates at the start, each the best of those tried; the last is a hundredth
     drifting    = dict(RAE=5e-4, VAE=2.5e-4),
     regression  = dict(RAE=3e-3, VAE=1e-3),
     consistency = dict(RAE=3e-4, VAE=1e-3),
     matching    = dict(RAE=3e-4, VAE=1e-4),
 )
 
+# %% ../nbs/10_trajectories.ipynb #b8cf6d5b
 def settings_of(
-    method:str, # of `METHODS`
+    method:str, # of METHODS
     space_name:str, # 'RAE' or 'VAE'
-    rate:float=0., # learning rate at the start; 0: that of `RATES`
-): # `DistillConfig` for drifting, else a dict
+    rate:float=0., # learning rate at the start; 0: that of RATES
+): # DistillConfig for drifting, else a dict
     "What a method runs with"
     rate = rate or RATES[method][space_name]
     lr = (rate, float(f'{rate/100:g}'))
-    return replace(DRIFT.config(), lr=lr) if method == 'drifting' else dict(METHODS[method], lr=lr)
+    if method == 'drifting': return replace(DRIFT.config(), lr=lr)
+    return dict(METHODS[method], lr=lr)
 
+# %% ../nbs/10_trajectories.ipynb #43f30158
 def _regression(space, seed, budget, share, batch, lr, ema):
+    "Loss and number of steps of regression"
     pairs, g = int(share*budget/49), stream(seed, 'regression')
     labels = torch.arange(pairs) % 10
     z = torch.randn(pairs, *space.store.latent_shape, generator=g)
-    ends = torch.cat([sample(space.teacher, a, b) for a, b in zip(z.split(250), labels.split(250))])
+    solved = [sample(space.teacher, a, b) for a, b in zip(z.split(250), labels.split(250))]
+    ends = torch.cat(solved)
     def loss(student, target, step):
         i = torch.randint(pairs, (batch,), generator=g)
         return regression_loss(student, z[i], labels[i], ends[i])
     return loss, int((budget - 49*pairs)/(3*batch))
 
+# %% ../nbs/10_trajectories.ipynb #0135b7eb
 def _consistency(space, seed, budget, points, batch, lr, ema):
+    "Loss and number of steps of consistency distillation"
     grid, g = time_grid(points, space.teacher.shift), stream(seed, 'consistency')
     def loss(student, target, step):
         y, labels = space.store.batch(batch, g)
@@ -122,35 +137,47 @@ def _consistency(space, seed, budget, points, batch, lr, ema):
         return consistency_loss(student, target, space.teacher, x, grid[i], grid[i+1], labels)
     return loss, int(budget/(5*batch))
 
+# %% ../nbs/10_trajectories.ipynb #ae811f31
+def _flow_matching_step(fake, optimiser, made, noise, u, labels):
+    "One update of the second network on generated latents at times u"
+    times = u[:, None, None, None]
+    noisy = (1-times)*made + times*noise
+    optimiser.zero_grad()
+    (fake(noisy, u, labels) - (noise - made)).square().mean().backward()
+    optimiser.step()
+
 def _matching(space, seed, budget, low, high, batch, lr, ema):
+    "Loss and number of steps of distribution matching; the loss also trains the second network"
     g, fake, steps = stream(seed, 'matching'), make_student(space.teacher), int(budget/(8*batch))
-    optimiser = torch.optim.AdamW([p for p in fake.parameters() if p.requires_grad], lr=lr[0], betas=(.9, .95), weight_decay=0)
+    trained = [p for p in fake.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=lr[0], betas=(.9, .95), weight_decay=0)
+    shape = (batch, *space.store.latent_shape)
     def loss(student, target, step):
         labels = torch.randint(space.store.num_classes, (batch,), generator=g)
-        z, noise, other = (torch.randn(batch, *space.store.latent_shape, generator=g) for _ in range(3))
+        z, noise, other = (torch.randn(shape, generator=g) for _ in range(3))
         t, u = (low + (high - low)*torch.rand(batch, generator=g) for _ in range(2))
         x = one_step(student, z, labels)
         value = matching_loss(x, space.teacher, fake, t, noise, labels)
-        made, u_ = x.detach(), u[:, None, None, None]
-        optimiser.zero_grad()
-        (fake((1-u_)*made + u_*other, u, labels) - (other - made)).square().mean().backward()
         for group in optimiser.param_groups: group['lr'] = linear_decay(step, steps, *lr)
-        optimiser.step()
+        _flow_matching_step(fake, optimiser, x.detach(), other, u, labels)
         return value
     return loss, steps
 
+# %% ../nbs/10_trajectories.ipynb #c32a8978
 def distil_by(
-    method:str, # of `METHODS`
-    space:Space,
-    seed:int=0,
+    method:str, # of METHODS
+    space:Space, # whose teacher is distilled
+    seed:int=0, # of all samples
     budget:int=BUDGET, # network evaluations
-    rate:float=0., # learning rate at the start; 0: that of `RATES`
+    rate:float=0., # learning rate at the start; 0: that of RATES
 )->nn.Module: # the averaged student
     "Distil a space's teacher into a one-step generator"
     options = settings_of(method, space.name, rate)
     if method == 'drifting': return distill(space.teacher, space.store, options, seed=seed)[0]
-    loss, steps = dict(regression=_regression, consistency=_consistency, matching=_matching)[method](space, seed, budget, **options)
-    student, average = make_student(space.teacher), copy.deepcopy(space.teacher).eval().requires_grad_(False)
+    make = dict(regression=_regression, consistency=_consistency, matching=_matching)[method]
+    loss, steps = make(space, seed, budget, **options)
+    student = make_student(space.teacher)
+    average = copy.deepcopy(space.teacher).eval().requires_grad_(False)
     def step_fn(step, network):
         value = loss(network, average, step)
         value.backward()
@@ -160,29 +187,37 @@ def distil_by(
 
 # %% ../nbs/10_trajectories.ipynb #2e1b80ae
 def measure(
-    method:str, # of `METHODS`, or 'teacher, 1' or 'teacher, 50'
-    space:Space,
-    seed:int=0,
-    budget:int=BUDGET,
-    per_class:int=EVALUATION['per_class'],
-    rate:float=0., # learning rate at the start; 0: that of `RATES`
+    method:str, # of METHODS, or 'teacher, 1' or 'teacher, 50'
+    space:Space, # whose teacher is distilled
+    seed:int=0, # of the distillation; the noises depend on it too
+    budget:int=BUDGET, # network evaluations
+    per_class:int=EVALUATION['per_class'], # images of each digit
+    rate:float=0., # learning rate at the start; 0: that of RATES
 )->dict: # figures, distance from the end points, seconds
     "Distil, and judge"
     begin, noise_seed = time.process_time(), EVALUATION['noise_seed'] + seed
-    with redirect_stdout(io.StringIO()): model = space.teacher if method.startswith('teacher') else distil_by(method, space, seed, budget, rate)
+    solved, model = method == 'teacher, 50', space.teacher
+    if not method.startswith('teacher'):
+        with redirect_stdout(io.StringIO()): model = distil_by(method, space, seed, budget, rate)
     seconds = time.process_time() - begin
-    generate = (lambda z, y: sample(space.teacher, z, y)) if method == 'teacher, 50' else (lambda z, y: one_step(model, z, y))
-    error = 0. if method == 'teacher, 50' else endpoint_error(space, model, noise_seed)
-    return dict(figures=space.evaluate(generate, per_class, noise_seed), endpoint_error=error, seconds=dict(cpu=seconds))
+    def generate(z, y): return sample(model, z, y) if solved else one_step(model, z, y)
+    error = 0. if solved else endpoint_error(space, model, noise_seed)
+    return dict(figures=space.evaluate(generate, per_class, noise_seed), endpoint_error=error,
+        seconds=dict(cpu=seconds))
+
+# %% ../nbs/10_trajectories.ipynb #41120e23
+_FILES = dict(RAE=('encoder', 'stats', 'decoder', 'teacher', 'judge'),
+    VAE=('vae', 'vae_teacher', 'judge')) # shipped weights that a result depends on
 
 def recipe_of(
-    method:str, # of `METHODS`, or 'teacher, 1' or 'teacher, 50'
+    method:str, # of METHODS, or 'teacher, 1' or 'teacher, 50'
     space_name:str, # 'RAE' or 'VAE'
-    budget:int=BUDGET,
-    rate:float=0., # learning rate at the start; 0: that of `RATES`
-)->dict:
+    budget:int=BUDGET, # network evaluations
+    rate:float=0., # learning rate at the start; 0: that of RATES
+)->dict: # JSON-serialisable
     "All that a result depends on but the seed and the code"
-    files = dict(RAE=('encoder', 'stats', 'decoder', 'teacher', 'judge'), VAE=('vae', 'vae_teacher', 'judge'))[space_name]
     settings = settings_of(method, space_name, rate) if method in METHODS else None
     if method == 'drifting': settings = settings.recipe()
-    return dict(method=method, space=space_name, settings=settings, budget=budget, evaluation=EVALUATION, weights={n: _weights(n) for n in files})
+    weights = {n: weights_digest(n) for n in _FILES[space_name]}
+    return dict(method=method, space=space_name, settings=settings, budget=budget,
+        evaluation=EVALUATION, weights=weights)

@@ -22,10 +22,10 @@ from drift_rae.engine.training import ema_decay, ema_update, linear_decay
 from drift_rae.engine.files import versions
 from drift_rae.networks.cost import matmul_rate, memory_plan, parameters, step_flops
 from drift_rae.networks.ditdh import DiTDH, preset
-from drift_rae.parts.latents import LatentStore
+from drift_rae.worlds.latents import LatentStore
 from drift_rae.distill import Ahead
-from drift_rae.parts.step import (
-    DistillConfig, check_world, drift_step, own_chunks, step_labels, step_samples)
+from drift_rae.parts.recipe import DistillConfig
+from drift_rae.parts.step import check_world, drift_step, own_chunks, step_labels, step_samples
 
 PARTS = ('data', 'generate', 'field', 'backward', 'optimiser', 'communication', 'other')
 FEW = dict(n_class=1, n_pos=4, n_neg=1, n_extra_neg=3, precision='float32') # what a CPU can do of an ImageNet size in seconds

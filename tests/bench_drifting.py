@@ -5,8 +5,20 @@
     python tests/bench_drifting.py --pieces        # also what other ways of doing each piece cost
     python tests/bench_drifting.py --device cuda   # the default where there is a GPU
 
-What is compared is timed in turns, over and over, and the best turn of each counts: a machine that is busy with other things slows all of
-them. Nothing here asserts a time. `tests/test_drifting.py` holds what must be true.
+What is compared is timed in turns, over and over, and the best turn of each counts, because a machine that is busy with other things slows
+all of them. Nothing here asserts a time. `tests/test_drifting.py` holds what must be true.
+
+The aim is 1.5 times the floor: the bare products of the call's shape, one for the distances and three for the fields; with perturbation four
+for the distances, the first of which is for the mean distance. Ours does one product less with perturbation, because the distances to the
+positives are linear in the noise. The noise itself is no product, 196,608 normal numbers per token: with it counted, perturbation stays
+beyond the aim. Nearly all of its time is the generator's random bits, and no other generator that was tried is much faster; other bits are
+other noise, and the saved runs of 06_distill could not be drawn again. What is left above the floor is the products of the parts, which are
+smaller than those of the whole and less efficient, a reading of the samples for their norms, the softmaxes, the additions of the fields, and
+with perturbation the noise and the moved samples. How many rows to take at a time is a compromise: a chunk costs the same few hundred calls
+however many rows it has, and many rows leave a processor's caches. The original's preset costs more than the default, because its y-softmax
+and its floor need the logarithm of four sums per temperature, and its root mean square needs all weights twice. For the root mean square,
+keeping the fields is the fastest way and the only one that needs more than three distance matrices; taking them twice costs three products
+more, adding their weights one.
 """
 import argparse, json, math, os, time
 from dataclasses import replace
@@ -14,6 +26,7 @@ import numpy as np
 import torch
 from drift_rae import drifting
 from drift_rae.drifting import DriftConfig, distances, drift_loss, laplace_noise
+from drift_rae.parts.weights import Samples, weighted_difference
 
 TEMPERATURES = (.02, .05, .2)
 ON = DriftConfig.preset('c')
@@ -135,29 +148,39 @@ def box_muller(bits, out):
     torch.cos(angle, out=a).mul_(radius); torch.sin(angle, out=b).mul_(radius)
     return out
 
+def found_for_rms(gen, pos, neg, config):
+    "Samples, unit of coordinates and a function that goes through all fields"
+    s = Samples(gen, pos, neg)
+    scale, kept = drifting._mean_distance(s, config, None, 1)
+    unit, coordinate = drifting._units(s, config, scale)
+    return s, coordinate, lambda: drifting._fields(s, config, unit, kept, [None])
+
 def rms_keeping_fields(gen, pos, neg, config):
-    "The root mean square's field with the field of every temperature kept until the last row: the first way it was done here"
+    "The root mean square's field with the field of every temperature kept until the last row"
     with torch.no_grad():
-        s = drifting._Samples(gen, pos, neg, (None,)*3, config, None)
-        scale, kept = drifting._mean_distance(s, None, 1)
-        unit, coordinate = drifting._units(s, scale)
-        parts, square, V = s.new(len(config.temperatures), s.B, s.N, s.D, fill=None), s.new(len(config.temperatures), s.B), s.new(s.B, s.N, s.D)
-        for t, r, samples, w, _ in drifting._fields(s, unit, kept, None):
-            parts[t, r] = drifting._field(*samples, *w)
+        s, coordinate, found = found_for_rms(gen, pos, neg, config)
+        n = len(config.temperatures)
+        parts, square, V = s.new(n, s.B, s.N, s.D, fill=None), s.new(n, s.B), s.new(s.B, s.N, s.D)
+        for t, r, samples, w, _ in found():
+            parts[t, r] = weighted_difference(*samples, *w)
             square[t, r] = parts[t, r].square().sum((1, 2))
-        for part, q in zip(parts, (square/coordinate**2).mean(1)/(s.N*s.D)): V.addcdiv_(part, (coordinate*q.sqrt())[:, None, None])
+        mean_square = (square/coordinate**2).mean(1)/(s.N*s.D)
+        for part, q in zip(parts, mean_square): V.addcdiv_(part, (coordinate*q.sqrt())[:, None, None])
     return V
 
 def rms_fields_twice(gen, pos, neg, config):
     "The same with every field computed twice"
     with torch.no_grad():
-        s = drifting._Samples(gen, pos, neg, (None,)*3, config, None)
-        scale, kept = drifting._mean_distance(s, None, 1)
-        unit, coordinate = drifting._units(s, scale)
+        s, coordinate, found = found_for_rms(gen, pos, neg, config)
         square, V = s.new(len(config.temperatures), s.B), s.new(s.B, s.N, s.D)
-        for t, r, samples, w, _ in drifting._fields(s, unit, kept, None): square[t, r] = torch.linalg.vector_norm(drifting._field(*samples, *w, out=s.field[:len(w[0])]), dim=(1, 2)).square()
+        field = s.new(s.size, s.N, s.D, fill=None)
+        for t, r, samples, w, _ in found():
+            F = weighted_difference(*samples, *w, out=field[:len(w[0])])
+            square[t, r] = torch.linalg.vector_norm(F, dim=(1, 2)).square()
         rms = ((square/coordinate**2).mean(1)/(s.N*s.D)).sqrt()
-        for t, r, samples, w, _ in drifting._fields(s, unit, kept, None): V[r].addcdiv_(drifting._field(*samples, *w, out=s.field[:len(w[0])]), (coordinate[r]*rms[t])[:, None, None])
+        for t, r, samples, w, _ in found():
+            F = weighted_difference(*samples, *w, out=field[:len(w[0])])
+            V[r].addcdiv_(F, (coordinate[r]*rms[t])[:, None, None])
     return V
 
 def pieces(tokens=32, repeats=9, chunk=8):

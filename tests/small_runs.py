@@ -5,8 +5,8 @@ import torch
 from drift_rae.engine import checkpoints, launch, sharding
 from drift_rae.networks.ditdh import DiTDH
 from drift_rae.distill import distill
-from drift_rae.parts.latents import sort_by_class
-from drift_rae.parts.step import DistillConfig
+from drift_rae.worlds.latents import sort_by_class
+from drift_rae.parts.recipe import DistillConfig
 
 CLASSES = 6
 

@@ -8,11 +8,11 @@ import pytest, torch
 from drift_rae.autoencoder import RAE
 from drift_rae.engine.streams import image_noise
 from drift_rae.engine.files import load_weights
-from drift_rae.parts.data import digits, training_digits
+from drift_rae.worlds.data import digits, training_digits
 from drift_rae.metrics.frechet import frechet_distance
 from drift_rae.flow import FlowConfig, load_teacher, sample
-from drift_rae.parts.judge import load_judge
-from drift_rae.parts.vae import load_vae
+from drift_rae.worlds.judge import load_judge
+from drift_rae.worlds.vae import load_vae
 from test_run import ROOT, papermill
 
 WEIGHTS = ROOT/'drift_rae/weights/tiny'
@@ -20,7 +20,7 @@ WEIGHTS = ROOT/'drift_rae/weights/tiny'
 @pytest.fixture(scope='module')
 def rebuilt(tmp_path_factory):
     folder = tmp_path_factory.mktemp('rebuilt')
-    for notebook in ('02_rae', 'parts/02a_vae', 'parts/02b_judge', '05_flow'):
+    for notebook in ('02_rae', 'worlds/02a_vae', 'worlds/02b_judge', '05_flow'):
         more = dict(autoencoder=folder) if notebook == '05_flow' else {}
         done = papermill(notebook, folder, rebuild=1, out=folder, **more)
         assert done.returncode == 0, done.stderr[-3000:]

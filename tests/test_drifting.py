@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from drift_rae.engine.streams import stream
 from drift_rae.drifting import (
-    DriftConfig, distances, drift_field, drift_loss, laplace_noise, _noise_rows)
+    DriftConfig, distances, drift_field, drift_loss, laplace_noise, plain_field)
+from drift_rae.parts.weights import NoiseRows
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'
@@ -171,6 +172,18 @@ def test_weight_two_is_a_copy_and_weight_zero_is_absence(seed, shape, config):
     config = replace(config, softmax='separate')
     close(drift_field(gen, pos, extra, tau=.2, config=replace(config, normalisation='none'), weight_neg=w), field(config, gen, pos, neg), 1e-7)
 
+@settings(deadline=None, max_examples=80)
+@given(seeds, shapes, st.fixed_dictionaries(dict(scale=st.sampled_from(['raw', 'mean']), self_term=st.sampled_from(['masked', 'kept']),
+    y_softmax=st.booleans(), floor=st.sampled_from([0., 1e-6]), softmax=st.sampled_from(['separate', 'joint']),
+    normalisation=st.sampled_from(['none', 'unit', 'rms']))), st.booleans(), st.sampled_from([.2, 1.]))
+def test_plain_field_is_the_fast_one(seed, shape, switches, noisy, tau):
+    "Every switch that both have, with and without noise"
+    gen, pos, neg = data(seed, shape)
+    B, N, _, P, D = shape
+    more = dict(perturbation='all', perturbation_unit='raw' if switches['scale'] == 'raw' else 'mean', generator=stream(seed, 'n')) if noisy else {}
+    noise = NoiseRows(gen.new_ones(B), (1, N + P, D), [stream(seed, 'n')]).take(B)[:, 0] if noisy else None
+    close(plain_field(gen, pos, neg, tau=tau, noise=noise, **switches), drift_field(gen, pos, neg, tau=tau, **more, **switches), 1e-6)
+
 # perturbation
 
 @pytest.mark.parametrize('self_term', ('masked', 'kept'))
@@ -179,7 +192,7 @@ def test_weight_two_is_a_copy_and_weight_zero_is_absence(seed, shape, config):
 def test_perturbation_is_equation_12(which, unit, self_term):
     (gen, pos, neg), tau = data(3, (2, 4, 5, 3, 6)), .3
     V = drift_field(gen, pos, neg, tau=tau, scale='mean', perturbation=which, perturbation_unit=unit, self_term=self_term, generator=stream(0, 'n'))
-    n = _noise_rows(torch.ones(2, dtype=gen.dtype), (1, 4 if which == 'query' else 7, 6), [stream(0, 'n')])(2)[:, 0]
+    n = NoiseRows(torch.ones(2, dtype=gen.dtype), (1, 4 if which == 'query' else 7, 6), [stream(0, 'n')]).take(2)[:, 0]
     clean = torch.cat([gen, neg], 1)
     scale = torch.cat([torch.cdist(gen, clean), torch.cdist(gen, pos)], -1).mean()
     n = n*tau*{'mean': scale, 'coordinate': scale/6**.5, 'raw': 1.}[unit]
@@ -197,7 +210,7 @@ def test_perturbation_follows_the_generator():
 
 def test_noise_is_drawn_in_blocks_of_eight():
     "The numbers that published runs were made with: any change of how they are drawn shows here"
-    take, g = _noise_rows(torch.ones(20), (1, 4, 6), [stream(0, 'n')]), stream(0, 'n')
+    take, g = NoiseRows(torch.ones(20), (1, 4, 6), [stream(0, 'n')]).take, stream(0, 'n')
     assert torch.equal(torch.cat([take(3).clone(), take(17)]), torch.cat([laplace_noise(k, 1, 4, 6, generator=g) for k in (8, 8, 4)]))
 
 @pytest.mark.parametrize('draw', ('shared', 'independent'))

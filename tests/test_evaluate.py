@@ -123,3 +123,15 @@ def test_precision_recall_memory():
     "Whole distance matrices would take 0.51 + 0.26 + 0.13 GB; with blocks of 0.03 GB the process grows by less than 0.12 GB"
     out = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert float(out.stdout) < .12
+
+
+def test_bias_counts_the_reference():
+    "A perfect generator, 20,000 samples against 400 in 64 dimensions: nearly all of the distance is bias of the reference"
+    scale, g = torch.linspace(1.25, .65, 64, dtype=torch.float64), stream(0, 'perfect')
+    gen, ref = (torch.randn(n, 64, generator=g, dtype=torch.float64)*scale for n in (20_000, 400))
+    row = evaluate_features(gen, statistics(ref), bootstrap=10)
+    assert .85*row['fd'] < row['fd_bias'] < row['fd'] and 2.2 < row['fd_bias'] < 2.6
+    assert row['fd_bias'] == pytest.approx(frechet_bias(statistics(ref), 20_000, 400), rel=1e-12)
+    assert row['fd_interval'][1] < .15*row['fd']
+    unknown = evaluate_features(gen, FeatureStatistics(*[getattr(statistics(ref), k) for k in ('mu', 'sigma')]))
+    assert unknown['fd_bias'] == pytest.approx(frechet_bias(statistics(ref), 20_000), rel=1e-12) # the size is not known

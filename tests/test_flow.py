@@ -13,7 +13,7 @@ from drift_rae.flow import (
     DiTDH, FlowConfig, guided_velocity, load_teacher, one_step, preset, sample, save_teacher,
     train_teacher)
 from drift_rae.parts.paths import default_shift, flow_loss, sample_time, time_grid, time_shift
-from drift_rae.parts.judge import load_judge
+from drift_rae.worlds.judge import load_judge
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'

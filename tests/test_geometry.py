@@ -162,8 +162,9 @@ def test_curvature_in_the_dimension_of_imagenet():
 # the streaming pass and the run
 
 from drift_rae.engine.streams import stream
-from drift_rae.geometry import STATISTICS, geometry_table, measure_store, middle_trajectories
-from drift_rae.parts.latents import save_latents, sort_by_class
+from drift_rae.worlds.curvature import middle_trajectories
+from drift_rae.worlds.measure import STATISTICS, geometry_table, measure_store
+from drift_rae.worlds.latents import save_latents, sort_by_class
 from test_run import ROOT, papermill
 
 def small_store(folder, scale=1., counts=(7, 5, 9), shape=(8, 4, 4)):
@@ -207,7 +208,7 @@ def test_memory_is_bounded_by_one_class(tmp_path):
     code = '''
 import sys
 from pathlib import Path
-from drift_rae.geometry import _measure_rank, measure_store
+from drift_rae.worlds.measure import _measure_rank, measure_store
 def kilobytes(name): return int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1])
 measure_store(sys.argv[3], sys.argv[4]) # whatever is loaded or allocated once is there now
 open('/proc/self/clear_refs', 'w').write('5') # forget the peak so far, which is that of the imports
@@ -232,19 +233,23 @@ def test_the_middle_of_the_trajectories():
     frames[:, 1, 1] = torch.tensor([5., 1, 9, 3, 7, 0, 8, 2, 6, 4])
     assert sorted(middle_trajectories(frames).tolist()) == [0, 1, 3, 4, 6, 7, 8, 9] # without 0 and 9
 
-def test_the_notebook_on_a_store_of_imagenet_layout(tmp_path):
+def test_the_notebooks_on_a_store_of_imagenet_layout(tmp_path):
     "papermill with model=xl on a tiny store writes the tables; the shapes of the store decide, not the preset"
     small_store(tmp_path/'store', counts=(12, 20, 15), shape=(32, 4, 4))
-    teacher = ROOT/'drift_rae/weights/tiny/teacher.safetensors'
-    done = papermill('03_geometry', tmp_path, model='xl', latents=tmp_path/'store', out=tmp_path/'made', teacher=teacher, trajectories=2, points=101)
+    given = dict(model='xl', latents=tmp_path/'store', out=tmp_path/'made')
+    done = papermill('worlds/03a_measure', tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads((tmp_path/'made/statistics.json').read_text())
     assert {r['statistic'] for r in made['rows']} == set(STATISTICS) and made['model'] == 'xl' and made['counts'] == [12, 20, 15]
+    assert len((tmp_path/'made/statistics.csv').read_text().splitlines()) == 1 + len(STATISTICS)
+    teacher = ROOT/'drift_rae/weights/tiny/teacher.safetensors'
+    done = papermill('worlds/05e_curvature', tmp_path, **given, teacher=teacher, trajectories=2, points=101)
+    assert done.returncode == 0, done.stderr[-3000:]
     curves = json.loads((tmp_path/'made/curvature.json').read_text())
     assert len(curves['rows']) == 12 and all(math.isfinite(r['value']) for r in curves['rows'])
-    assert len((tmp_path/'made/statistics.csv').read_text().splitlines()) == 1 + len(STATISTICS)
 
-@pytest.mark.parametrize('wrong, sentence', [(dict(model='xl'), 'give -p latents FOLDER'), (dict(model='huge'), "model='huge'"), (dict(latents='nowhere', model='xl'), 'nowhere')], ids=str)
-def test_a_wrong_parameter_ends_the_notebook(tmp_path, wrong, sentence):
-    done = papermill('03_geometry', tmp_path, **wrong)
+@pytest.mark.parametrize('notebook', ['worlds/03a_measure', 'worlds/05e_curvature'])
+@pytest.mark.parametrize('wrong, sentence', [(dict(model='xl'), 'give -p latents FOLDER'), (dict(model='huge'), "model='huge'"), (dict(latents='nowhere'), 'nowhere')], ids=str)
+def test_a_wrong_parameter_ends_the_notebook(tmp_path, notebook, wrong, sentence):
+    done = papermill(notebook, tmp_path, **wrong)
     assert done.returncode == 1 and sentence in done.stderr

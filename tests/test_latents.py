@@ -13,10 +13,10 @@ from drift_rae.autoencoder import RAE, save_rae
 from drift_rae.networks.vit import Encoder, RAEDecoder
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import stream
-from drift_rae.distill import DistillConfig, step_samples
+from drift_rae.parts.step import DistillConfig, step_samples
 from drift_rae.imagenet.folders import (
     ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images)
-from drift_rae.parts.latents import (
+from drift_rae.worlds.latents import (
     DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class)
 from test_run import ROOT, papermill, tagged
 
@@ -341,12 +341,12 @@ def test_saving_again(tmp_path):
     assert torch.equal(open_latents(tmp_path/'y').of_class(0), b.of_class(0).half().bfloat16().float())
 
 def test_papermill_understands_every_parameter():
-    assert set(inspect_notebook(str(ROOT/'nbs/02e_imagenet.ipynb'))) == {n.targets[0].id for n in ast.parse(tagged('02e_imagenet')).body}
+    assert set(inspect_notebook(str(ROOT/'nbs/imagenet/02_folders.ipynb'))) == {n.targets[0].id for n in ast.parse(tagged('imagenet/02_folders')).body}
 
 def test_the_notebook_on_a_folder(once, photographs, tmp_path):
     "The run that ImageNet gets, on the generated folder: two processes after one another, then opened"
     given = dict(images=photographs, autoencoder=once/'rae', out=tmp_path/'out', image_size=SIZE, shard_images=10, batch=4, check=0, world=2)
     for rank in (1, 0):
-        done = papermill('02e_imagenet', tmp_path, rank=rank, **given)
+        done = papermill('imagenet/02_folders', tmp_path, rank=rank, **given)
         assert done.returncode == 0, done.stderr[-3000:]
     assert files(tmp_path/'out') == files(once/'store')

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NBS, PACKAGE = ROOT/'nbs', ROOT/'drift_rae'
-FOLDERS = ('engine', 'networks', 'metrics', 'parts', 'imagenet') # a folder may use those before it
+FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'imagenet') # worlds and parts are one row
 MOST_NOTEBOOKS, MOST_LINES, WIDTH = 12, 350, 100
 
 notebooks = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)

@@ -1,4 +1,4 @@
-"What the cells of 06a_images and 06b_protocol can't hold: several processes, killed runs, torch-fidelity's own interface, real network shapes"
+"What the cells of metrics/03_images, 04_extractors and 04a_features can't hold: several processes, killed runs, torch-fidelity's own interface, real network shapes"
 import json, os, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from drift_rae.metrics.frechet import frechet_distance
 from drift_rae.metrics.neighbours import precision_recall
 from drift_rae.metrics.images import *
 from drift_rae.metrics.extractors import *
+from drift_rae.metrics.features import *
 
 
 def toy(noise, labels):

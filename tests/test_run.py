@@ -4,10 +4,13 @@ from pathlib import Path
 import pytest, torch
 from papermill import inspect_notebook
 from drift_rae.distill import DistillConfig, OneStepGenerator
+from drift_rae.parts.workers import processes_for
 
 ROOT = Path(__file__).parents[1]
 KEYS = {'fd', 'accuracy', 'precision', 'recall', 'seconds', 'config', 'seed', 'versions'}
-SMOKE = dict(monitor_every=0, steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24)
+SMOKE = dict(monitor_every=0, steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24, nproc=1)
+CHAPTERS = ['02_rae', 'worlds/02a_vae', 'worlds/02b_judge', 'worlds/03a_measure', 'worlds/05e_curvature',
+            '05_flow', '06_distill', '07_evaluate']
 
 def environment(): return {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
 
@@ -35,21 +38,22 @@ def test_a_few_steps_write_everything(smoke):
     assert len((made/'log.csv').read_text().splitlines()) == 1 + SMOKE['steps']
 
 def test_two_processes_make_the_same_generator(smoke, tmp_path):
-    done = papermill('06_distill', tmp_path, **SMOKE, nproc=2)
+    done = papermill('06_distill', tmp_path, **{**SMOKE, 'nproc': 2})
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = (OneStepGenerator.from_pretrained(f/'runs/tiny').model.state_dict() for f in (smoke, tmp_path))
+    assert [json.loads((f/'runs/tiny/results.json').read_text())['config']['processes'] for f in (smoke, tmp_path)] == [1, 2]
     for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=0)
     said = (tmp_path/'out.ipynb').read_text()
     assert 'step 6/6' in said # what the first process prints is in the notebook
 
 def test_a_dry_run_ends_before_the_first_step(tmp_path):
     assert papermill('06_distill', tmp_path, **SMOKE, dry_run=1).returncode == 0
-    assert 'dry run: 6 steps' in (tmp_path/'out.ipynb').read_text()
+    assert 'dry run: 6 steps of 4 classes x (8 + 24) generated' in (tmp_path/'out.ipynb').read_text()
     assert not list((tmp_path/'runs/tiny').glob('*.*'))
 
 def tagged(notebook): return next(''.join(c['source']) for c in json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
 
-@pytest.mark.parametrize('notebook', ['02_autoencoder', '02a_vae', '02b_judge', '03_geometry', '05_flow', '06_distill', '07_evaluate'])
+@pytest.mark.parametrize('notebook', CHAPTERS)
 def test_papermill_understands_every_parameter(notebook):
     "papermill warns of lines that it cannot parse (quotes in a comment) and then calls the parameter unknown"
     assert set(inspect_notebook(str(ROOT/'nbs'/f'{notebook}.ipynb'))) == {n.targets[0].id for n in ast.parse(tagged(notebook)).body}
@@ -59,6 +63,18 @@ def test_the_same_command_twice_gives_the_same_numbers(smoke, tmp_path):
     first, second = (json.loads((f/'runs/tiny/results.json').read_text()) for f in (smoke, tmp_path))
     for key in KEYS - {'seconds'}: assert first[key] == second[key], key
     assert (smoke/'runs/tiny/generator.safetensors').read_bytes() == (tmp_path/'runs/tiny/generator.safetensors').read_bytes()
+
+def test_by_default_the_cores_share_the_work(smoke, tmp_path):
+    "nproc=0 is as many processes as cores and classes allow; the same command twice gives the same numbers"
+    runs = [tmp_path/'first', tmp_path/'second']
+    for folder in runs:
+        folder.mkdir()
+        done = papermill('06_distill', folder, **{**SMOKE, 'nproc': 0})
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((f/'runs/tiny/results.json').read_text()) for f in runs)
+    assert first['config']['processes'] == processes_for(4) # the classes of the miniature's step
+    for key in KEYS - {'seconds'}: assert first[key] == second[key], key
+    assert (runs[0]/'runs/tiny/generator.safetensors').read_bytes() == (runs[1]/'runs/tiny/generator.safetensors').read_bytes()
 
 def test_another_seed_gives_other_weights(smoke, tmp_path):
     assert papermill('06_distill', tmp_path, **{**SMOKE, 'seed': 1}).returncode == 0
@@ -81,7 +97,7 @@ def cells_until_the_check(notebook):
     last = next(i for i, c in enumerate(cells) if ''.join(c['source']).replace('#| hide\n', '').startswith('check_parameters('))
     return [''.join(c['source']) for c in cells[:last+1]]
 
-@pytest.mark.parametrize('notebook, wrong', [(n, w) for n in ('02_autoencoder', '02a_vae', '02b_judge', '03_geometry', '05_flow', '06_distill', '07_evaluate')
+@pytest.mark.parametrize('notebook, wrong', [(n, w) for n in CHAPTERS
     for w in ("model = 'huge'", 'model = 1', "seed = 'one'", 'seed = -1', 'seed = 1.5', 'sede = 1')] +
     [('06_distill', w) for w in ("preset = 'd'", 'steps = -1', "steps = 'many'", 'steps = True', "resume = 'perhaps'", 'nproc = -1', 'n_class = 0.5', 'n_neg = -2', 'n_extra_neg = -2', 'samples = -1', 'out = 3', 'teacher = 0')])
 def test_wrong_parameters_are_refused_before_any_work(notebook, wrong):

@@ -150,7 +150,7 @@ WRONG = [
 @pytest.fixture(scope='module')
 def wrong_files(tmp_path_factory):
     from drift_rae.flow import save_teacher
-    from drift_rae.parts.latents import save_latents
+    from drift_rae.worlds.latents import save_latents
     folder = tmp_path_factory.mktemp('wrong')
     (folder/'text.pt').write_text('not a checkpoint')
     save_teacher(folder/'other.safetensors', small_runs.teacher(torch.float32))

@@ -10,7 +10,7 @@ from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import stream
 from drift_rae.distill import distill, load_generator, run, start
 from drift_rae.imagenet.folders import digits_folder, encode_folder
-from drift_rae.parts.latents import describe_encoder, latent_store, save_latents
+from drift_rae.worlds.latents import describe_encoder, latent_store, save_latents
 from drift_rae.parts.step import RECIPE, config_for, fresh_model
 
 RESULTS = Path(__file__).parents[1]/'nbs'/'results'/'ablations'
@@ -87,7 +87,7 @@ def test_sd_vae_is_an_autoencoder_for_the_program(sd_folder, tmp_path):
     z = vae.encode(x, stream(0, 'z'))
     assert torch.equal(z, sdvae.patches(sdvae.load_sdvae(sd_folder).encode(x, stream(0, 'z'))))
     assert torch.equal(vae.decode(z), sdvae.load_sdvae(sd_folder).decode(torch.nn.functional.pixel_shuffle(z, 2)))
-    encode_folder(vae, digits_folder(tmp_path/'images', 12), tmp_path/'latents', size=16, num_classes=10) # as 02e_imagenet does
+    encode_folder(vae, digits_folder(tmp_path/'images', 12), tmp_path/'latents', size=16, num_classes=10) # as imagenet/02_folders does
     options = dict(FEW, teacher='fresh', autoencoder=str(sd_folder), latents=str(tmp_path/'latents'), steps=2)
     assert len(start(out=str(tmp_path/'out'), **dict(options, monitor_every=1, changes='keep=1'))) == 2
     made = load_generator(tmp_path/'out')
@@ -102,9 +102,9 @@ def test_digits_in_sd_vae_are_the_same_in_every_process(sd_folder):
     assert torch.equal(a, b)
 
 def test_sd_vae_of_the_hub_is_known_by_its_configuration(sd_folder, monkeypatch):
-    from drift_rae.networks import released as official
+    from drift_rae import autoencoder
     asked = []
     def local(repo, files, revision=None, cache=None): asked.append((repo, *files)); return sd_folder
-    monkeypatch.setattr(official, 'hub_folder', local); monkeypatch.setattr(sdvae, 'hub_folder', local)
+    monkeypatch.setattr(autoencoder, 'hub_folder', local); monkeypatch.setattr(sdvae, 'hub_folder', local)
     assert RAE.from_pretrained('stabilityai/sd-vae-ft-mse').latent_shape == (16, 4, 4)
     assert asked == [('stabilityai/sd-vae-ft-mse', 'config.json'), ('stabilityai/sd-vae-ft-mse', 'config.json', 'diffusion_pytorch_model.safetensors')]

@@ -15,12 +15,13 @@ from drift_rae.networks.vit import Encoder, RAEDecoder, _decoder
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.files import load_weights
 from drift_rae.engine.streams import stream
-from drift_rae.parts.data import digits
+from drift_rae.worlds.data import digits
 from drift_rae.flow import FlowConfig, hold_linear, load_teacher
-from drift_rae.parts.latents import latent_store, save_latents
+from drift_rae.worlds.latents import latent_store, save_latents
 from drift_rae.imagenet.critics import (
     LPIPS, Discriminator, augment, hinge, load_discriminator, load_lpips)
-from drift_rae.imagenet.stage1 import Crops, FolderImages, Stage1, Stage1Config, warmup_cosine
+from drift_rae.imagenet.stage1 import Stage1, Stage1Config, warmup_cosine
+from drift_rae.imagenet.stage1_data import CropImages, Crops
 from drift_rae.engine.training import train
 
 @pytest.fixture(scope='module')
@@ -123,7 +124,7 @@ def photographs(folder, steps=16, workers=0):
     encoder = Encoder('vit_tiny_patch16_224', 32, **small).eval().requires_grad_(False)
     eyes = Encoder('vit_small_patch8_224.dino', 40, act_layer='gelu_tanh', **small)
     decoder = RAEDecoder(_decoder(24, 32, 1, 2, 64, 8, 4))
-    return decoder, Stage1(encoder, decoder, FolderImages(Crops(folder, 32), 8, workers=workers), LPIPS(), Discriminator(eyes, (0, 1), 9), Stage1Config(steps=steps, lr=(2e-3, 2e-4)))
+    return decoder, Stage1(encoder, decoder, CropImages(Crops(folder, 32), 8, workers=workers), LPIPS(), Discriminator(eyes, (0, 1), 9), Stage1Config(steps=steps, lr=(2e-3, 2e-4)))
 
 def test_a_class_folder_of_photographs(tmp_path):
     decoder, stage = photographs(class_folder(tmp_path), 16, workers=1)
@@ -139,7 +140,7 @@ def test_discriminator_alone_learns_to_tell(tmp_path):
 
 def test_crops_are_the_same_in_any_process_and_order(tmp_path):
     crops = Crops(class_folder(tmp_path, 8), 32)
-    a = FolderImages(crops, 4, workers=0); b = FolderImages(crops, 4, workers=2)
+    a = CropImages(crops, 4, workers=0); b = CropImages(crops, 4, workers=2)
     for step in range(3): assert torch.equal(a(step), b(step))
     assert not torch.equal(a(0), a(2)) # another epoch, other crops
     assert a(0).min() >= 0 and a(0).max() <= 1

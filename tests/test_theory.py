@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from drift_rae.engine.streams import stream
-from drift_rae.diffusion_gan import _pull, field, log_density
+from drift_rae.diffusion_gan import _pull, field, log_density, practical_field
+from drift_rae.drifting import drift_field
 from drift_rae.theorem1 import cube, limit_v_neg, simulate, sphere, sweep
 
 NBS = Path(__file__).parent.parent/'nbs'
@@ -130,6 +131,13 @@ def test_shapes_dtypes_and_refusals():
         lambda: log_density(x, s, math.inf, 1.), lambda: log_density(x[None], s, 1., 1.)):
         with pytest.raises(ValueError, match='accepted'): bad()
 
+@pytest.mark.parametrize('y_softmax', (False, True))
+def test_practical_field_is_the_drifting_field(y_softmax):
+    "Chapter 01's small version of (11) against chapter 04's, where every switch exists"
+    g, y = normal(7, 40, 5), normal(8, 30, 5)
+    expected = drift_field(g[None], y[None], tau=.4, y_softmax=y_softmax)[0]
+    torch.testing.assert_close(practical_field(g, y, g, .4, y_softmax, own=True), expected, rtol=1e-7, atol=1e-8)
+
 # The pages
 
 @pytest.mark.parametrize('name', ['00_theorem1', '01_diffusion_gan'])
@@ -139,7 +147,7 @@ def test_page_carries_its_results(name):
     cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
     outputs = [o for c in cells for o in c['outputs']]
     assert not any(o['output_type'] == 'error' for o in outputs)
-    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 5
+    assert sum(bool({'image/png', 'image/svg+xml'} & set(o.get('data', {}))) for o in outputs) >= 5
 
 def test_animation_has_frames():
     from PIL import Image
@@ -151,7 +159,8 @@ def test_animation_has_frames():
 def test_every_step_of_the_appendix_has_a_verdict():
     cells = json.loads((NBS/'00_theorem1.ipynb').read_text())['cells']
     tables = [''.join(o['data'].get('text/markdown', '')) for c in cells if c['cell_type'] == 'code' for o in c['outputs'] if 'data' in o]
-    rows = [r for t in tables for r in t.split('\n') if r.startswith('| ') and 'verdict' not in r and '---' not in r]
+    proof, = [t for t in tables if '| verdict |' in t.split('\n')[0]]
+    rows = [r for r in proof.split('\n')[2:] if r.startswith('| ')]
     assert all(re.match(r'(holds|fails)', r.split(' | ')[2]) for r in rows)
     numbers = ' '.join(r.split(' | ')[0] for r in rows)
     for k in range(13, 31): # every equation of A.1 is in some row, alone or in a range

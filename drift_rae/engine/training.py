@@ -31,7 +31,7 @@ def linear_decay(
     start:float, # learning rate at step 0
     end:float, # learning rate at the last step
 )->float: # learning rate
-    "max{end, start - (start-end)/steps * step}: the schedule printed in the paper's Table 8"
+    "max{end, start - (start-end)/steps · step}: the schedule printed in the paper's Table 8"
     return max(end, start - (start-end)/steps*step)
 
 # %% ../../nbs/engine/10_training.ipynb #24278267
@@ -50,7 +50,7 @@ def ema_update(
     model:nn.Module, # same architecture, being trained
     decay:float, # weight of the old average, in [0, 1]
 ):
-    "average <- decay * average + (1 - decay) * model, for parameters; buffers are copied"
+    "average <- decay · average + (1 - decay) · model, for parameters; buffers are copied"
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1-decay)
     for a, b in zip(average.buffers(), model.buffers()): a.copy_(b)
 

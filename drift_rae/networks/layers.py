@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/networks/04_layers.ipynb #b8ac625d
 class RMSNorm(nn.Module):
-    "x / sqrt(mean(x^2) + eps) * weight, the statistics in float32"
+    "x / sqrt(mean(x^2) + eps) · weight, the statistics in float32"
     def __init__(self,
         dim:int, # channels
         eps:float=1e-6, # added to the mean square
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 # %% ../../nbs/networks/04_layers.ipynb #24dfe7b9
 class SwiGLU(nn.Module):
-    "w3(silu(gate) * value), gate and value from one matrix"
+    "w3(silu(gate) · value), gate and value from one matrix"
     def __init__(self,
         dim:int, # channels of a token
         hidden:int, # width of gate and value

@@ -9,10 +9,11 @@ __all__ = ['latent_statistics_of', 'Monitor']
 import json
 from pathlib import Path
 import torch
-from torch import Tensor
+from fastcore.basics import patch
+from torch import Tensor, nn
 from ..engine.files import atomic, write_json
 from ..engine.streams import image_noise, stream
-from .data import show_images
+from ..worlds.data import show_images
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
 from ..engine import launch
@@ -20,68 +21,113 @@ from ..engine import launch
 # %% ../../nbs/parts/05d_monitor.ipynb #9c6e933c
 @torch.no_grad()
 def latent_statistics_of(
-    store, # `latents.LatentStore`
+    store, # latent store
     n:int=5000, # latents that are looked at, at most
 )->FeatureStatistics: # mean and covariance of the mean tokens
     "What a run's samples are compared with"
-    index = torch.randperm(len(store), generator=stream(0, 'monitor'))[:n].sort().values # in the order of the disk
-    return statistics(torch.cat([store.rows(i).float().mean((2, 3)) for i in index.split(500)]).double())
+    index = torch.randperm(len(store), generator=stream(0, 'monitor'))[:n].sort().values
+    tokens = [store.rows(i).float().mean((2, 3)) for i in index.split(500)] # in the disk's order
+    return statistics(torch.cat(tokens).double())
 
 # %% ../../nbs/parts/05d_monitor.ipynb #13c344e2
 class Monitor:
-    "A callback of `distill`: every so many steps a sheet of samples and a quick Frechet distance, kept in sheets/ and monitor.json"
+    "A callback of a run: sheets of samples and a quick Frechet distance"
     def __init__(self,
-        store, # `latents.LatentStore`: what the samples are compared with
-        decode, # latents -> images
+        store, # latent store: what the samples are compared with
+        decode, # latents [n, C, h, w] -> images [n, 3, H, W]
         folder:str|Path, # receives sheets/step_*.png and monitor.json
         every:int, # steps
         *, samples:int=2000, # for the distance
-        stop_above:float=0., # stop the run if the distance passes this many times its smallest so far; 0: never
+        stop_above:float=0., # stop at this many times the smallest distance so far; 0: never
         batch:int=250, # latents made together
     ):
-        self.store, self.decode, self.folder, self.every, self.stop_above, self.batch = store, decode, Path(folder), every, stop_above, batch
-        self.real, classes = latent_statistics_of(store), store.num_classes
-        self.labels = torch.arange(samples) % classes
-        self.noise = image_noise(self.labels, store.latent_shape, seed=2_000_000) # the same in every run
+        self.store, self.decode, self.folder = store, decode, Path(folder)
+        self.every, self.stop_above, self.batch = every, stop_above, batch
+        self.real = latent_statistics_of(store)
+        self.labels = torch.arange(samples) % store.num_classes
+        self.noise = image_noise(self.labels, store.latent_shape, seed=2_000_000) # of every run
         self.rows = []
 
-    def __call__(self, step:int, row:dict, model)->str|None: # a sentence, if the run is to stop
-        if (step+1) % self.every: return None
-        z = self.generate(model)
-        if not launch.is_main(): return None
-        if not self.rows and self.file.is_file(): self.rows = [r for r in json.loads(self.file.read_text()) if r['step'] < step] # of before a stop
-        self.rows.append(dict(step=step, fd=frechet_distance(z.mean((2, 3)).double(), self.real)))
-        write_json(self.file, self.rows)
-        self.sheet(z, self.folder/f'sheets/step_{step+1:07d}.png')
-        return self.verdict()
-
     @property
-    def file(self): return self.folder/'monitor.json'
+    def file(self)->Path:
+        "The table of distances, one row for each time"
+        return self.folder/'monitor.json'
 
 # %% ../../nbs/parts/05d_monitor.ipynb #22c1a0d2
-@torch.no_grad()
-def _generate(self, model)->Tensor: # latents [samples, C, h, w] on the CPU
-    device = self.device = next(model.parameters()).device
-    parts = [one_step(model, z.to(device), y.to(device)).float().cpu() for z, y in zip(self.noise.split(self.batch), self.labels.split(self.batch))]
-    return torch.cat(parts)
+@patch
+def sheet_rows(self:Monitor, classes:int=10, each:int=4)->Tensor: # indices [each, classes]
+    "Which samples are on a sheet: a row for each noise, a column for each of the first classes"
+    rows = [torch.nonzero(self.labels == c)[:each, 0]
+            for c in range(min(classes, self.store.num_classes))]
+    return torch.stack([r[:min(map(len, rows))] for r in rows]).T # few samples: fewer rows
 
-def _sheet(self, z, path, classes=10, each=4):
-    "Images of the first classes, a row for each noise"
-    rows = [torch.nonzero(self.labels == c)[:each, 0] for c in range(min(classes, self.store.num_classes))]
-    rows = torch.stack([r[:min(map(len, rows))] for r in rows]).T # [each, classes]; fewer if there are few samples of a class
-    with torch.no_grad(): images = [self.decode(z[r].to(self.device)).float().cpu() for r in rows]
+# %% ../../nbs/parts/05d_monitor.ipynb #a9b31584
+def _together(made, shared):
+    "The dictionaries of all processes as one"
+    if not shared: return made
+    parts = [None]*launch.world_size()
+    torch.distributed.all_gather_object(parts, made)
+    return {k: v for part in parts for k, v in part.items()}
+
+# %% ../../nbs/parts/05d_monitor.ipynb #35bacc66
+@patch
+@torch.no_grad()
+def generate(self:Monitor,
+    model:nn.Module, # the averaged student; every process calls this
+)->tuple: # mean tokens [samples, C]; latents of the sheet [each, classes, C, h, w], on the CPU
+    "Mean tokens of all samples, and the latents that a sheet shows"
+    self.device, shown = next(model.parameters()).device, self.sheet_rows().flatten()
+    shared = launch.world_size() > 1 and not hasattr(model, 'set_requires_gradient_sync')
+    batches, made = torch.arange(len(self.labels)).split(self.batch), {}
+    first, apart = (launch.rank(), launch.world_size()) if shared else (0, 1)
+    for i in range(first, len(batches), apart):
+        z, y = self.noise[batches[i]], self.labels[batches[i]]
+        x = one_step(model, z.to(self.device), y.to(self.device)).float().cpu()
+        mine = torch.isin(batches[i], shown)
+        made[i] = x.mean((2, 3)), dict(zip(batches[i][mine].tolist(), x[mine]))
+    made = _together(made, shared)
+    latents = {row: x for _, on_sheet in made.values() for row, x in on_sheet.items()}
+    grid = torch.stack([latents[row] for row in shown.tolist()])
+    return torch.cat([made[i][0] for i in range(len(batches))]), grid.view(
+        *self.sheet_rows().shape, *grid.shape[1:])
+
+# %% ../../nbs/parts/05d_monitor.ipynb #b0e4b188
+@patch
+@torch.no_grad()
+def sheet(self:Monitor,
+    latents:Tensor, # [each, classes, C, h, w]
+    path:str|Path, # the .png file
+):
+    "Write a sheet of decoded samples"
+    import matplotlib.pyplot as plt
+    images = [self.decode(z.to(self.device)).float().cpu() for z in latents]
     figure = show_images(images, [f'noise {i+1}' for i in range(len(images))], scale=.55)
     with atomic(path) as f: figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
-    _close(figure)
+    plt.close(figure)
 
-def _verdict(self):
-    "A sentence if the distance has grown too far"
+# %% ../../nbs/parts/05d_monitor.ipynb #10aa81ae
+@patch
+def verdict(self:Monitor)->str|None: # why the run is to stop; None: it goes on
+    "Whether the distance has grown too far since its smallest value"
     best, now = min(r['fd'] for r in self.rows), self.rows[-1]['fd']
     if not self.stop_above or now <= self.stop_above*best: return None
-    return f'the quick Frechet distance is {now:.3g}, more than {self.stop_above:g} times its smallest so far ({best:.3g}): the samples may have collapsed'
+    return (f'the quick Frechet distance is {now:.3g}, more than {self.stop_above:g} times its '
+            f'smallest so far ({best:.3g}): the samples may have collapsed')
 
-Monitor.generate, Monitor.sheet, Monitor.verdict = _generate, _sheet, _verdict
-
-def _close(figure):
-    import matplotlib.pyplot as plt
-    plt.close(figure)
+# %% ../../nbs/parts/05d_monitor.ipynb #2edcfa17
+@patch
+def __call__(self:Monitor,
+    step:int, # from 0
+    row:dict, # figures of the step; not used
+    model:nn.Module, # the averaged student
+)->str|None: # a message, if the run is to stop
+    "Every so many steps: generate on all processes, measure and write on the first"
+    if (step+1) % self.every: return None
+    tokens, latents = self.generate(model)
+    if not launch.is_main(): return None
+    if not self.rows and self.file.is_file(): # of before a stop
+        self.rows = [r for r in json.loads(self.file.read_text()) if r['step'] < step]
+    self.rows.append(dict(step=step, fd=frechet_distance(tokens.double(), self.real)))
+    write_json(self.file, self.rows)
+    self.sheet(latents, self.folder/f'sheets/step_{step+1:07d}.png')
+    return self.verdict()
