@@ -21,6 +21,7 @@ def _check(x, tau, l, **samples):
     if not (0 < tau < math.inf and 0 < l < math.inf):
         raise ValueError(f'tau={tau}, l={l}: accepted are finite numbers above 0')
 
+# %% ../nbs/01_diffusion_gan.ipynb #261f4311
 def _apart(x, samples):
     "Distances [n, N], 1 where they are 0, and where that is"
     d = distances(x, samples)
@@ -48,6 +49,7 @@ def _pull(x, samples, tau, l):
     weight = torch.where(same, torch.zeros_like(d), weight*d**(l-2))
     return torch.stack([w@(samples-u) for w, u in zip(weight, x)]) # [n, N, D] would not fit
 
+# %% ../nbs/01_diffusion_gan.ipynb #6f0d4cd2
 def field(
     x:Tensor, # where: [D] or [n, D]
     pos:Tensor, # real samples y_i [N, D]
@@ -69,6 +71,7 @@ def mean_distance(
     "Mean over both sides of the mean distance to the points: the unit of the temperature"
     return ((torch.cdist(x, pos).mean()+torch.cdist(x, neg).mean())/2).item()
 
+# %% ../nbs/01_diffusion_gan.ipynb #2baac1bc
 def practical_field(
     x:Tensor, # points [n, D]
     pos:Tensor, # real samples [N, D]

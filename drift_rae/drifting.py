@@ -98,7 +98,8 @@ class DriftConfig:
     guards:str='none' # 'original': its floors under distances, scale and norm; self by +100
 
     def __post_init__(self):
-        t = self.temperatures if isinstance(self.temperatures, (tuple, list)) else [self.temperatures]
+        t = self.temperatures
+        if not isinstance(t, (tuple, list)): t = [t]
         object.__setattr__(self, 'temperatures', tuple(map(float, t)))
         _check_config(self)
 
@@ -286,7 +287,7 @@ def _drift(gen, pos, neg, weights, c, generator, chunk, group, classes):
         s = Samples(gen, pos, neg, weights, moving, chunk)
         scale, kept = _mean_distance(s, c, group, classes)
         unit, coordinate = _units(s, c, scale)
-        step = coordinate if c.reduction == 'original' else torch.ones_like(unit) # gen's, in the loss
+        step = coordinate if c.reduction == 'original' else torch.ones_like(unit) # gen's, in loss
         V, own, square, means = _sum_fields(s, c, _fields(s, c, unit, kept, generators), step)
         mean_square = _mean_square(s, square, coordinate, group)
         if rms:

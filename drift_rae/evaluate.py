@@ -71,7 +71,7 @@ def _usable(path, z, extractor):
 
 # %% ../nbs/07_evaluate.ipynb #1e0b31e7
 def _moments(path, z, extractor):
-    "Mean and covariance of an open npz file as FeatureStatistics; ParameterError if they do not fit"
+    "Mean and covariance of an open npz file as FeatureStatistics; ParameterError if they misfit"
     mu, sigma = (torch.from_numpy(np.asarray(z[k], dtype=np.float64)) for k in ('mu', 'sigma'))
     if mu.shape != (extractor.dims,) or sigma.shape != (extractor.dims,)*2:
         raise ParameterError(
@@ -81,6 +81,7 @@ def _moments(path, z, extractor):
         raise ParameterError(f"{path} has NaN or infinity in its statistics")
     return FeatureStatistics(mu, (sigma + sigma.T)/2, int(z['n']) if 'n' in z else 0)
 
+# %% ../nbs/07_evaluate.ipynb #1c596f1c
 def _read_statistics(path, extractor):
     "(FeatureStatistics, features or None) of an npz file; (None, None) if they are not to be used"
     with np.load(path) as z:
@@ -93,6 +94,7 @@ def _hash_statistics(s):
     "16 digits that mean and covariance decide"
     return hashlib.sha256(s.mu.numpy().tobytes() + s.sigma.numpy().tobytes()).hexdigest()[:16]
 
+# %% ../nbs/07_evaluate.ipynb #8b3920c4
 def load_reference(
     path:str|Path|Images, # folder or npz of images, ADM npz, a saved reference, or Images
     extractor:Extractor, # of the features

@@ -75,6 +75,7 @@ def _no_label_dropout(*models):
     finally:
         for m, training in modes: m.training = training
 
+# %% ../nbs/05_flow.ipynb #71d23c37
 def _labels(labels, z):
     "Labels as int64 on the device of z, one for each"
     labels = torch.as_tensor(labels)
@@ -221,6 +222,7 @@ def _new_teacher(config, flow, seed, device):
     if launch.rank(): torch.manual_seed(seed + launch.rank()) # each process drops other labels
     return model, average
 
+# %% ../nbs/05_flow.ipynb #54e8413b
 def _batches(latents, labels):
     "A function (n, generator) -> (latents, labels) for a store or for tensors"
     def pick(n, generator):

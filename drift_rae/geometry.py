@@ -115,6 +115,7 @@ def _pieces(x):
         part = part.double()
         yield part - part.mean(0)
 
+# %% ../nbs/03_geometry.ipynb #b9e68fc0
 def _square_distances(x, rows=1024):
     "Yield (first row, squared distances [rows, n]) of x [n, d]; the diagonal is exactly 0"
     for start in range(0, len(x), rows):
@@ -185,6 +186,7 @@ def _remainder(x, chord):
         y = offset(i)
         yield slice(i, i+columns), y, y - along[:, None]*chord[i:i+columns]
 
+# %% ../nbs/03_geometry.ipynb #501b9504
 def _leading(gram, k):
     "The k leading eigenvectors of a symmetric matrix [N, N], largest first"
     if len(gram) > 300: # Lanczos finds a few of many eigenvectors much faster
@@ -200,6 +202,7 @@ def _chord(x):
     chord = x[-1].double() - x[0].double()
     return chord if chord.norm() == 0 else chord/chord.norm()
 
+# %% ../nbs/03_geometry.ipynb #2d5952c9
 def _axes(x, chord):
     "Orthonormal directions [D, 3]: chord and two principal components, or three if closed"
     closed = bool(chord.norm() == 0)
@@ -235,6 +238,7 @@ def _windows(n, window):
     padded = torch.cat([torch.arange(h+1, 2*h+1), torch.arange(n), torch.arange(n-2*h, n-h)])
     return padded.unfold(0, window, 1)
 
+# %% ../nbs/03_geometry.ipynb #00134202
 def _derivatives(x, window):
     "r', r'', r''' by arc length, each [N, 3], of a curve x [N, 3]"
     s = torch.cat([x.new_zeros(1), x.diff(dim=0).norm(dim=1).cumsum(0)])

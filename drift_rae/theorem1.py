@@ -23,6 +23,7 @@ def cube(
         return torch.rand(n, d, generator=generator, dtype=torch.float64).mul_(2*r).sub_(r)
     return draw
 
+# %% ../nbs/00_theorem1.ipynb #d1b97d45
 def sphere(
     n:int, # number of samples
     d:int, # dimension
@@ -54,6 +55,7 @@ def _measure(x, pos, neg, to_pos, to_neg, tau):
         to_origin=torch.cosine_similarity(v, -x, dim=1))
     return {k: a.mean().item() for k, a in rows.items()}
 
+# %% ../nbs/00_theorem1.ipynb #048f19de
 def _draw(d, r, taus, n, n_query, positives, scaled, generators):
     "One draw of all samples: for each temperature the means over the queries"
     neg, pos = cube(r)(n, d, generators[0]), positives(n, d, generators[1])
@@ -83,6 +85,7 @@ def _check_sweep(d, r, taus, n_query, n, n_draws):
     if n_query < 1:
         raise ValueError(f'n_query={n_query}: accepted is a whole number from 1 (above n={n}: n)')
 
+# %% ../nbs/00_theorem1.ipynb #64c6841b
 def _summary(draws):
     "Mean and standard error over draws, each a dict of numbers"
     def error(v): return stdev(v)/math.sqrt(len(v)) if len(v) > 1 else math.nan

@@ -146,6 +146,7 @@ def _flow_matching_step(fake, optimiser, made, noise, u, labels):
     (fake(noisy, u, labels) - (noise - made)).square().mean().backward()
     optimiser.step()
 
+# %% ../nbs/10_trajectories.ipynb #40f67ec8
 def _matching(space, seed, budget, low, high, batch, lr, ema):
     "Loss and number of steps of distribution matching; the loss also trains the second network"
     g, fake, steps = stream(seed, 'matching'), make_student(space.teacher), int(budget/(8*batch))

@@ -18,6 +18,7 @@ def squared_norm(
     "Squared Euclidean norms over the last axis, in one pass and without a copy of x"
     return torch.linalg.vector_norm(x, dim=-1).square()
 
+# %% ../../nbs/engine/06_distances.ipynb #213f688b
 def _from_differences(d2, x, y, pairs):
     "Overwrite d2 [B, N, M] where pairs is true by the squared norm of x - y, in blocks"
     b, j, i = pairs.nonzero(as_tuple=True)

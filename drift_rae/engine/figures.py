@@ -72,7 +72,7 @@ def public_methods(
 
 # %% ../../nbs/engine/11_figures.ipynb #61250323
 class EntryWithMethods:
-    "The text of a class's entry, followed by one entry for each public method; of a function, its entry"
+    "The text of the entry of a class, with one for each public method, or of a function"
     def __init__(
         self,
         sym:object, # function or class
@@ -85,7 +85,8 @@ class EntryWithMethods:
         owner = name or sym.__name__
         for method in public_methods(sym):
             value = inspect.getattr_static(sym, method)
-            value = getattr(value, 'func', None) or getattr(sym, method) # func: of a cached_property
+            # a cached_property keeps its function in func
+            value = getattr(value, 'func', None) or getattr(sym, method)
             self.entries.append(entry(value, name=f'{owner}.{method}', title_level=title_level + 1))
 
     def _repr_markdown_(self): return '\n\n'.join(text_of(e) for e in self.entries)

@@ -27,6 +27,7 @@ def _sizes(model, channels):
     "The keywords of a preset's network, with another number of latent channels if given"
     return {**preset(model), **(dict(in_channels=channels) if channels else {})}
 
+# %% ../../nbs/imagenet/07_commands.ipynb #bc985949
 @functools.cache
 def forward_flop(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
@@ -50,6 +51,7 @@ def meta_rae(
         encoder = make_encoder(row['encoder'], input_size=row['input_size'])
         return RAE(encoder, RAEDecoder(decoder_config(name))).eval().to('meta')
 
+# %% ../../nbs/imagenet/07_commands.ipynb #d467c7b8
 @functools.cache
 def through_flop(
     name:str='dinov2-b', # a released autoencoder: a key of OFFICIAL_RAES
@@ -70,6 +72,7 @@ def _field_flop(config, size):
     others = config.n_pos + config.n_neg + config.n_extra_neg
     return 2*config.n_neg*others*size['in_channels']*size['input_size']**2*products
 
+# %% ../../nbs/imagenet/07_commands.ipynb #f9e32930
 def step_flop(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     config:DistillConfig, # counts and switches of the run
@@ -82,6 +85,7 @@ def step_flop(
                  + (config.n_neg + config.n_extra_neg)*there)
     return config.n_class*one_class, config.n_class*_field_flop(config, _sizes(model, channels))
 
+# %% ../../nbs/imagenet/07_commands.ipynb #f9998970
 def gpu_hours(
     model:str, # 's', 'b', 'l' or 'xl'
     config:DistillConfig, # counts, switches and number of steps
@@ -104,6 +108,7 @@ class Command:
     config:DistillConfig # what the line has to resolve to
     channels:int=0 # of the latents; 0: the preset's
 
+# %% ../../nbs/imagenet/07_commands.ipynb #3e9dc46f
 @patch(as_prop=True)
 def hours(self:Command)->float:
     "GPU hours, computed by `gpu_hours`"
@@ -123,6 +128,7 @@ def _options(config, preset, model):
     if switches: out.append(f"-p changes {shlex.quote(' '.join(switches))}")
     return out
 
+# %% ../../nbs/imagenet/07_commands.ipynb #9daff9b2
 def command(
     row:Row, # a row of ROWS or SCRATCH_ROWS
     model:str='xl', # 's', 'b', 'l' or 'xl'
@@ -159,6 +165,7 @@ def scratch_commands(
     own = {'SD-VAE': vae}
     return [command(r, **{**own.get(r.name, paths), 'teacher': 'fresh'}) for r in SCRATCH_ROWS]
 
+# %% ../../nbs/imagenet/07_commands.ipynb #718bd7cf
 def commands(
     **paths, # as for command
 )->list: # one Command per row
@@ -194,6 +201,7 @@ def parse(
         if known[k].annotation in (int, float): given[k] = known[k].annotation(v)
     return files[0], given
 
+# %% ../../nbs/imagenet/07_commands.ipynb #7d7947f4
 def meant(
     parameters:dict, # the second result of parse
 )->DistillConfig:

@@ -43,6 +43,7 @@ def activations(self:LPIPS, images:Tensor)->list: # [N, 3, H, W] in [0, 1] -> ma
         maps.append(F.normalize(x, dim=1, eps=1e-10))
     return maps
 
+# %% ../../nbs/imagenet/03_critics.ipynb #3956c5ae
 @patch
 def forward(self:LPIPS,
     made:Tensor, # reconstructions [N, 3, H, W] in [0, 1]
@@ -74,6 +75,7 @@ def _block(width, kernel):
     norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
     return nn.Sequential(spectral_norm(convolution), norm, nn.LeakyReLU(.2))
 
+# %% ../../nbs/imagenet/03_critics.ipynb #14a11380
 class _Residual(nn.Module):
     "Input plus inner network, divided by sqrt(2)"
     def __init__(self, inner):
@@ -81,6 +83,7 @@ class _Residual(nn.Module):
         self.inner = inner
     def forward(self, x): return (x + self.inner(x))/math.sqrt(2)
 
+# %% ../../nbs/imagenet/03_critics.ipynb #ebca0bb1
 def _head(width, kernel):
     "Tokens [N, D, T] -> one number for each token [N, 1, T]"
     pointwise, wide = _block(width, 1), _Residual(_block(width, kernel))
@@ -120,6 +123,7 @@ def tokens(self:Discriminator,
     found = dict(zip(sorted({*self.depths, last}), seen))
     return [found[d] for d in (last, *self.depths)]
 
+# %% ../../nbs/imagenet/03_critics.ipynb #77d9c71e
 @patch
 def forward(self:Discriminator, images:Tensor)->Tensor: # [N, 3, H, W] in [-1, 1] -> [N, heads*T]
     "One number for each head and token, high for real images; other sizes are resized bilinearly"
@@ -143,6 +147,7 @@ def _moved(images, down, right):
     padded = F.pad(images, [1, 1, 1, 1]).permute(0, 2, 3, 1)
     return padded[at[:len(images)].view(-1, 1, 1), rows, columns].permute(0, 3, 1, 2)
 
+# %% ../../nbs/imagenet/03_critics.ipynb #d39caee8
 def _coloured(images, brightness, saturation, contrast):
     "Images with other colours; each factor [N, 1, 1, 1] is uniform in [0, 1]"
     images = images + brightness - .5
@@ -176,6 +181,7 @@ def hinge(
     "Half the sum of both mean hinge losses: real above 1, made below -1"
     return (F.relu(1 - real).mean() + F.relu(1 + made).mean())/2
 
+# %% ../../nbs/imagenet/03_critics.ipynb #c1f74710
 def adaptive_weight(
     loss:Tensor, # reconstruction loss, a scalar
     verdict:Tensor, # the discriminator's term, a scalar
@@ -213,6 +219,7 @@ def _check_sum(path, address, kind, expected):
         raise ParameterError(f'{path} is not the file of {address}: its {kind} is {found}, '
                              f'expected {expected}; it may be truncated')
 
+# %% ../../nbs/imagenet/03_critics.ipynb #ff2ba433
 def frozen_network(
     name:str, # a key of NETWORKS: vgg, lpips or dino
     folder:str|Path, # where its file should be
@@ -245,6 +252,7 @@ def load_lpips(
     state = {k: v for k, v in state.items() if v is not None}
     return fill(lpips, state, f'{folder} (vgg16-397923af.pth with vgg.pth)').requires_grad_(False)
 
+# %% ../../nbs/imagenet/03_critics.ipynb #0300a05f
 def load_discriminator(
     folder:str|Path, # holds dino_vit_small_patch8_224.pth
 )->Discriminator: # its heads are new

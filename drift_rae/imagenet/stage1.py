@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
-from ..engine import launch
+from ..engine import launch, sharding
 from ..networks.vit import DECODERS, Encoder, RAEDecoder
 from ..autoencoder import RAE
 from ..engine.files import fill, load_weights
@@ -102,7 +102,7 @@ class Stage1:
         self.judging = discriminator is not None and config.gan > 0
         if not self.judging: return
         discriminator.eval()
-        self.learning = launch.wrap(discriminator) # several processes average its gradients
+        self.learning = sharding.wrap(discriminator) # several processes average its gradients
         self.optimiser = torch.optim.AdamW(
             discriminator.heads.parameters(), lr=0., betas=config.betas, weight_decay=0.)
 
@@ -151,6 +151,7 @@ def noisy(self:Stage1, tokens:Tensor, step:int)->Tensor: # [n, D, h, w]
     sigma = self.config.noise*torch.rand(len(tokens), 1, 1, 1, generator=g)
     return tokens + (sigma*torch.randn(tokens.shape, generator=g)).to(tokens)
 
+# %% ../../nbs/imagenet/05_stage1.ipynb #277c96e1
 @patch
 def decode(self:Stage1,
     network:nn.Module, # the decoder, wrapped for several processes

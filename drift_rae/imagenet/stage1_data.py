@@ -74,6 +74,7 @@ class Crops(ClassFolder):
         try: return self.pixels(i).float()/255
         except ParameterError as e: return e # raised in a worker, it would be lost in a traceback
 
+# %% ../../nbs/imagenet/04_stage1_data.ipynb #c6809262
 def _stack(items):
     "A batch, or its first error"
     error = next((x for x in items if isinstance(x, Exception)), None)
@@ -107,6 +108,7 @@ def _keys(self:CropImages, step:int):
         yield [(epoch, int(i)) for i in numbers]
         step += 1
 
+# %% ../../nbs/imagenet/04_stage1_data.ipynb #0cc22d27
 @patch
 def _from(self:CropImages, step:int):
     "An endless iterator over batches that begins at a step"

@@ -9,6 +9,7 @@ __all__ = ['TeacherMonitor', 'flow_parts', 'run_flow', 'start_flow']
 from dataclasses import asdict, replace
 from pathlib import Path
 from ..engine import launch
+from ..engine.sharding import full_state
 from ..autoencoder import RAE
 from ..engine.parameters import MODELS, RESUME, ParameterError
 from ..engine.progress import limit_threads
@@ -17,23 +18,18 @@ from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teache
 from ..worlds.latents import describe_store, latent_store
 from ..parts.monitor import Monitor
 from ..engine.training import Checkpoints
-import torch
 from torch import Tensor
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #9dc2dbd2
 class TeacherMonitor(Monitor):
     "`Monitor` for a flow model: samples with many steps; no sheets without a decoder"
-    def generate(self, model)->Tensor: # [samples, C, h, w] on the CPU
-        "Latents of the monitor's noise and labels"
-        self.device, made = next(model.parameters()).device, []
-        for z, y in zip(self.noise.split(self.batch), self.labels.split(self.batch)):
-            made.append(sample(model, z.to(self.device), y.to(self.device)).float().cpu())
-        return torch.cat(made)
+    def make(self, model, z, labels)->Tensor: # [N, C, h, w]
+        "Latents by the sampler of the flow, with its preset number of steps"
+        return sample(model, z, labels)
 
-    def sheet(self, z, path, **options):
-        "Write a sheet of at most four samples of each class, if there is a decoder"
-        each = min(4, -(-len(self.labels)//self.store.num_classes)) # of ImageNet, one of each class
-        if self.decode is not None: Monitor.sheet(self, z, path, **{'each': each, **options})
+    def sheet(self, latents, path):
+        "Write a sheet if there is a decoder"
+        if self.decode is not None: Monitor.sheet(self, latents, path)
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #167126f8
 def _check_fit(model, store, config, rae):
@@ -49,6 +45,7 @@ def _check_fit(model, store, config, rae):
         raise ParameterError(f'autoencoder: its latents have shape {tuple(rae.latent_shape)}, '
                              f'model={model} takes {wanted}')
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #6ba60fd5
 def flow_parts(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     latents:str='', # folder of the latent store; empty: the digits, for tiny
@@ -74,6 +71,7 @@ def _save_teacher(path, config, average, whole, losses, seed, flow):
     teacher.shift = average.shift
     save_teacher(path, teacher, losses, seed=seed, flow=asdict(flow), versions=versions())
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #8890edcb
 def run_flow(
     model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     flow:FlowConfig, # how to train
@@ -99,7 +97,7 @@ def run_flow(
     average, losses = train_teacher(
         store, config=config, flow=flow, seed=seed, device=device, callback=monitor,
         resume=resume, sharding=sharding, checkpoints=checkpoints, log=out/'log.csv')
-    whole = launch.full_state(average)
+    whole = full_state(average)
     if launch.is_main():
         _save_teacher(out/'teacher.safetensors', config, average, whole, losses, seed, flow)
     launch.barrier()

@@ -101,6 +101,7 @@ def _empty_vit(**config):
     with torch.device('meta'):
         return VisionTransformer(patch_size=14, init_values=1., num_classes=0, **config)
 
+# %% ../../nbs/metrics/04_extractors.ipynb #05b046ba
 def _dinov2_vit(state, heads):
     "The network [n, 3, 224, 224] -> class token [n, D] for DINOv2 weights of any width and depth"
     width = state['pos_embed'].shape[-1]
@@ -182,11 +183,13 @@ def _inception(weights):
     net.hash, net.dims = hash_weights(state), 2048
     return net
 
+# %% ../../nbs/metrics/04_extractors.ipynb #31339b4b
 def _build(name, weights):
     "The network of inception or dinov2, frozen"
     net = _dinov2(weights) if name == 'dinov2' else _inception(weights)
     return net.eval().requires_grad_(False)
 
+# %% ../../nbs/metrics/04_extractors.ipynb #bcd628cb
 def _named(out):
     "What a network returns (a tensor, or a pair) as a dict with features and perhaps logits"
     return dict(zip(('features', 'logits'), out if isinstance(out, tuple) else (out,)))
@@ -201,6 +204,7 @@ def _standard(name, weights, device):
     def run(x): return _named(net(x))
     return Extractor(name + said, run, net.dims, net.hash, resize, device)
 
+# %% ../../nbs/metrics/04_extractors.ipynb #c25f022d
 # name -> function (name, weights, device) -> Extractor
 EXTRACTORS = dict(inception=_standard, dinov2=_standard)
 

@@ -30,6 +30,7 @@ def _by_hash(hashes):
     "The order that sorts hashes; equal ones stay as they are [N], int64"
     return torch.tensor(sorted(range(len(hashes)), key=lambda i: (hashes[i], i)), dtype=torch.long)
 
+# %% ../../nbs/metrics/05_features.ipynb #6117a8af
 @dataclass
 class Features:
     "Outputs of an extractor for a set of images, rows in the order of the images' hashes"
@@ -64,6 +65,7 @@ def _batches(images, extractor, batch, rank=0, world=1):
         out = {k: v[:len(x)].float().cpu() for k, v in extractor(full).items()}
         yield [hash_image(i) for i in x], out
 
+# %% ../../nbs/metrics/05_features.ipynb #51c54223
 def _extract(images, extractor, batch, rank=0, world=1):
     "Hashes and outputs for one process's share of a set of images, without TF32"
     before = torch.get_float32_matmul_precision()
@@ -74,10 +76,12 @@ def _extract(images, extractor, batch, rank=0, world=1):
     torch.set_float32_matmul_precision(before)
     return _joined(parts)
 
+# %% ../../nbs/metrics/05_features.ipynb #9f1df24b
 def _joined(parts):
     "One list of hashes and one dict of outputs from many"
     hashes = sum((h for h, _ in parts), [])
-    return hashes, {k: torch.cat([out[k] for _, out in parts]) for k in parts[0][1]} if parts else {}
+    if not parts: return hashes, {}
+    return hashes, {k: torch.cat([out[k] for _, out in parts]) for k in parts[0][1]}
 
 # %% ../../nbs/metrics/05_features.ipynb #24728a5d
 def _extract_part(rank, images, make, batch, world):
@@ -85,6 +89,7 @@ def _extract_part(rank, images, make, batch, world):
     torch.set_num_threads(1)
     return _extract(images, make(rank), batch, rank, world)
 
+# %% ../../nbs/metrics/05_features.ipynb #37fb0daf
 def extract(
     images:Images, # what to look at
     extractor:Extractor, # with what; for several processes a function rank -> Extractor
@@ -107,6 +112,7 @@ def _cache_key(hashes, extractor):
     what = json.dumps([sorted(hashes), extractor.describe()], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
+# %% ../../nbs/metrics/05_features.ipynb #0534f2e8
 def cached_features(
     images:Images, # what to look at
     extractor:Extractor, # with what
@@ -133,6 +139,7 @@ def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
 
+# %% ../../nbs/metrics/05_features.ipynb #5b167c36
 def protocol(
     extractor:Extractor, # of the features
     images:dict, # what Images.describe gives

@@ -93,6 +93,7 @@ def _root(x):
     centred = (x - x.mean(0))/(len(x)-1)**.5
     return torch.linalg.qr(centred, mode='r').R if len(x) > x.shape[1] else centred
 
+# %% ../../nbs/metrics/01_frechet.ipynb #7e87aec2
 def _distance_of_data(a, b):
     "Frechet distance of two sets of features, at least one with no more rows than dimensions"
     A, B = _root(a), _root(b)
@@ -103,6 +104,7 @@ def _distance_of_data(a, b):
 # %% ../../nbs/metrics/01_frechet.ipynb #261bd186
 def _as_statistics(x): return x if isinstance(x, FeatureStatistics) else statistics(x)
 
+# %% ../../nbs/metrics/01_frechet.ipynb #587517e8
 def frechet_distance(
     a, # features [N, D] or their FeatureStatistics
     b, # features [M, D] or their FeatureStatistics

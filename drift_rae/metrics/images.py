@@ -111,7 +111,7 @@ def _one(self:FolderImages, i):
 
 # %% ../../nbs/metrics/03_images.ipynb #6e609e7a
 def _npz_array(path):
-    "Where arr_0 of an uncompressed npz file begins (bytes from the start of the file), and its shape"
+    "Where arr_0 of an uncompressed npz file begins (bytes from the file's start), and its shape"
     with zipfile.ZipFile(path) as z:
         if 'arr_0.npy' not in z.namelist():
             raise ParameterError(f"{path}: no images in it (no array arr_0), "
@@ -208,7 +208,7 @@ class GeneratedImages(Images):
 @patch
 @torch.no_grad()
 def _block(self:GeneratedImages, b):
-    "Block b, uint8 [block, 3, H, W]; the last block is filled up, so that it rounds like the others"
+    "Block b, uint8 [block, 3, H, W]; the last one is filled up, so that it rounds like the others"
     if self._last[0] != b:
         which = range(b*self.block, (b+1)*self.block)
         noise = torch.stack([self.noise(i) for i in which])
@@ -216,6 +216,7 @@ def _block(self:GeneratedImages, b):
         self._last = b, to_uint8(self.generate(noise, labels).cpu(), self.quantise)
     return self._last[1]
 
+# %% ../../nbs/metrics/03_images.ipynb #c3d67af2
 @patch
 def _one(self:GeneratedImages, i): return self._block(i//self.block)[i % self.block]
 
@@ -224,6 +225,7 @@ def _blocks(n, block):
     "Numbers of the blocks of n images"
     return range(-(-n//block))
 
+# %% ../../nbs/metrics/03_images.ipynb #d50a0788
 def _check_plan(out, plan):
     "Write the plan of a new folder; ParameterError if the folder was begun with another one"
     plan = json.loads(json.dumps(plan))
@@ -289,6 +291,7 @@ def _sample_rank(rank, make, out, world):
     torch.set_num_threads(1)
     return sample_blocks(make(rank), out, rank, world)
 
+# %% ../../nbs/metrics/03_images.ipynb #fa218c89
 def sample_images(
     make:Callable, # rank -> GeneratedImages; importable if there are several processes
     out:str|Path, # folder for the blocks

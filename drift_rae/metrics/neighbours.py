@@ -27,13 +27,14 @@ def _squared(a, b):
     bound = 4*(a.shape[1]+4)*torch.finfo(torch.float64).eps*(float(aa.max()) + largest)
     return d, bound
 
+# %% ../../nbs/metrics/02_neighbours.ipynb #2e95796f
 def _direct(a, b):
     "Distances [n, m] in float64 from differences, without products"
     return torch.cdist(a.double(), b.double(), compute_mode='donot_use_mm_for_euclid_dist')
 
 # %% ../../nbs/metrics/02_neighbours.ipynb #10cc852e
 def _candidates(rows, x, start, k):
-    "Rows of x nearest to rows = x[start:...] by products [n, k+8 at most], and which rows are in doubt"
+    "Rows of x nearest to rows = x[start:...] by products [n, k+8 at most], and the rows in doubt"
     wanted = min(k+8, len(x)-1)
     d, bound = _squared(rows, x)
     d[torch.arange(len(rows)), torch.arange(start, start+len(rows))] = torch.inf # not its own
@@ -41,6 +42,7 @@ def _candidates(rows, x, start, k):
     if wanted == len(x)-1: return index, torch.zeros(len(rows), dtype=torch.bool)
     return index, near[:, -1] <= near[:, k-1] + 2*bound
 
+# %% ../../nbs/metrics/02_neighbours.ipynb #207cdf6d
 def _kth_distance(rows, x, index, k):
     "Distance of each row to the k-th nearest of its candidates x[index], measured directly [n]"
     return torch.cat([_direct(r[:, None], x[j])[:, 0].sort(1).values[:, k-1]
@@ -79,6 +81,7 @@ def _block(columns, memory):
     "Rows of a block of distances to that many columns, of which three fit into memory (GB)"
     return max(1, min(4096, int(memory*1e9/3/8/columns)))
 
+# %% ../../nbs/metrics/02_neighbours.ipynb #8d4ce783
 def precision_recall(
     gen, # generated features [N, D]
     real, # real features [M, D]
@@ -117,12 +120,14 @@ class KernelDistance(NamedTuple):
 # %% ../../nbs/metrics/02_neighbours.ipynb #57ecac08
 def _kernel(a, b): return (a@b.T/a.shape[1] + 1)**3
 
+# %% ../../nbs/metrics/02_neighbours.ipynb #06372dbc
 def _mmd(x, y):
     "Unbiased squared MMD of two sets of equal size [n, D] with the kernel (x.y/D + 1)^3"
     xx, yy, n = _kernel(x, x), _kernel(y, y), len(x)
     own = (xx.sum() - xx.trace() + yy.sum() - yy.trace())/(n*(n-1))
     return own - 2*_kernel(x, y).mean()
 
+# %% ../../nbs/metrics/02_neighbours.ipynb #3a7e43e8
 def kernel_distance(
     a, # features [N, D], generated
     b, # features [M, D], real
@@ -144,6 +149,7 @@ def _score(logits):
     log_p = logits.log_softmax(1)
     return (log_p.exp()*(log_p - log_p.exp().mean(0).log())).sum(1).mean().exp().item()
 
+# %% ../../nbs/metrics/02_neighbours.ipynb #1efc601a
 def inception_score(
     logits, # class logits [N, classes]
     splits:int=10, # the score is the mean over that many parts

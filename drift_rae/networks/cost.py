@@ -27,6 +27,7 @@ def _inputs(model, n):
     return (torch.empty(n, model.in_channels, side, side, **like), torch.empty(n, **like),
             torch.zeros(n, device=weight.device, dtype=torch.int64))
 
+# %% ../../nbs/networks/06_cost.ipynb #53bd76d1
 def forward_flops(
     name:str, # tiny, s, b, l or xl
 )->int: # floating-point operations: a multiplication and an addition are two
@@ -45,6 +46,7 @@ def step_flops(
     "Operations of the network in one step; recomputed activations are not counted"
     return n_class*(3*n_neg + n_extra_neg)*forward_flops(name)
 
+# %% ../../nbs/networks/06_cost.ipynb #bd5f96d0
 def parameters(
     name:str, # tiny, s, b, l or xl
 )->int: # number of trained weights
@@ -72,6 +74,7 @@ def _seconds(f, gpu, times):
     if gpu: torch.cuda.synchronize()
     return (time.perf_counter() - start)/times
 
+# %% ../../nbs/networks/06_cost.ipynb #42ca6901
 def matmul_rate(
     device='cpu', # cpu or a GPU
     size:int=0, # of the square matrices; 0: 1024 on the CPU, else 8192
@@ -207,6 +210,7 @@ def _plan_rows(rows, cards, free):
         yield [str(r['micro_batch']), 'yes' if r['recompute'] else 'no',
                *(f'{r[k]/GiB:.1f}' for k in PHASES), ', '.join(fits or ['none'])]
 
+# %% ../../nbs/networks/06_cost.ipynb #765ed95e
 def plan_table(
     rows:list, # of memory_plan
     cards=(80, 24), # GiB

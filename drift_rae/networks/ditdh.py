@@ -27,6 +27,7 @@ def _check_options(patch_size, hidden_size, depth, heads):
         if not isinstance(v, (list, tuple)) or len(v) != 2:
             raise ParameterError(f"{name}={v!r}: two numbers are needed, for trunk and head")
 
+# %% ../../nbs/networks/05_ditdh.ipynb #c3b08d92
 def _check_widths(hidden_size, heads, use_rope, use_pos_embed):
     "A clear message for widths that do not fit to heads or positions"
     for width, h in zip(hidden_size, heads):
@@ -106,6 +107,7 @@ def _zero(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
+# %% ../../nbs/networks/05_ditdh.ipynb #b1c48263
 @patch
 def _initialise(self:DiTDH):
     "Blocks start as the identity and the output as zero; embeddings small"
@@ -138,6 +140,7 @@ def forward(self:DiTDH,
         h = self._block(i, h, s, self.dec_feat_rope)
     return self.final_layer(h, s).transpose(1, 2).unflatten(-1, x.shape[2:])
 
+# %% ../../nbs/networks/05_ditdh.ipynb #300eaea5
 @patch
 def _block(self:DiTDH, i, x, condition, rope):
     "Block number i, recomputed in the backward pass if `checkpointing` is on"

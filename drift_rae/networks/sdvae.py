@@ -97,6 +97,7 @@ def _new_name(key):
     if part not in _NEW or 'attentions' not in head: return key
     return '.'.join([*head, _NEW[part], end])
 
+# %% ../../nbs/networks/03_sdvae.ipynb #cd76dc62
 def _new_names(state):
     "A state dict with the names and shapes of today's diffusers"
     def matrix(k, v): return v.flatten(1) if 'attentions' in k and v.ndim == 4 else v

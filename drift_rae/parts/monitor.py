@@ -69,6 +69,16 @@ def _together(made, shared):
     torch.distributed.all_gather_object(parts, made)
     return {k: v for part in parts for k, v in part.items()}
 
+# %% ../../nbs/parts/05d_monitor.ipynb #e25469a8
+@patch
+def make(self:Monitor,
+    model:nn.Module, # the averaged student
+    z:Tensor, # noise [N, C, h, w]
+    labels:Tensor, # [N], int64
+)->Tensor: # [N, C, h, w]
+    "Latents of one step, equation (8)"
+    return one_step(model, z, labels)
+
 # %% ../../nbs/parts/05d_monitor.ipynb #35bacc66
 @patch
 @torch.no_grad()
@@ -82,7 +92,7 @@ def generate(self:Monitor,
     first, apart = (launch.rank(), launch.world_size()) if shared else (0, 1)
     for i in range(first, len(batches), apart):
         z, y = self.noise[batches[i]], self.labels[batches[i]]
-        x = one_step(model, z.to(self.device), y.to(self.device)).float().cpu()
+        x = self.make(model, z.to(self.device), y.to(self.device)).float().cpu()
         mine = torch.isin(batches[i], shown)
         made[i] = x.mean((2, 3)), dict(zip(batches[i][mine].tolist(), x[mine]))
     made = _together(made, shared)

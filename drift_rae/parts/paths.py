@@ -24,6 +24,7 @@ def flow_path(
     t = t.view(-1, *[1]*(data.ndim-1))
     return (1 - t)*data + t*noise
 
+# %% ../../nbs/parts/02e_paths.ipynb #65a8f6de
 def flow_velocity(
     data:Tensor, # y [N, C, h, w]
     noise:Tensor, # eps, same shape
@@ -39,6 +40,7 @@ def time_shift(
     "s t / (1 + (s - 1) t); 0 stays 0 and 1 stays 1"
     return shift*t/(1 + (shift - 1)*t)
 
+# %% ../../nbs/parts/02e_paths.ipynb #0ef2adc3
 def default_shift(
     latent_shape, # (C, h, w)
 )->float: # s

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'Portion', 'Plan', 'to_tokens', 'step_labels', 'step_samples', 'device_stream', 'step_noise',
-           'make_student', 'fresh_model', 'check_world', 'share_out', 'through_images', 'maps_of', 'own_chunks',
-           'step_plan', 'drift_step', 'RECIPE', 'RULES', 'DistillConfig', 'config_for']
+           'make_student', 'fresh_model', 'through_images', 'maps_of', 'own_chunks', 'step_plan', 'drift_step',
+           'RECIPE', 'RULES', 'DistillConfig', 'check_world', 'config_for', 'share_out']
 
 # %% ../../nbs/parts/05c_step.ipynb #3a162c1f
 import copy, inspect
@@ -19,8 +19,10 @@ from ..engine.streams import stream
 from ..drifting import drift_loss
 from ..flow import DiTDH, one_step, preset
 from ..engine import launch, sharding
-from .recipe import RECIPE, RULES, DistillConfig, config_for
-_all_ = ['RECIPE', 'RULES', 'DistillConfig', 'config_for'] # read here by older programs
+from .recipe import (
+    RECIPE, RULES, DistillConfig, check_world, config_for, share_out)
+# read here by older programs
+_all_ = ['RECIPE', 'RULES', 'DistillConfig', 'check_world', 'config_for', 'share_out']
 
 # %% ../../nbs/parts/05c_step.ipynb #5cc337ef
 def to_tokens(
@@ -115,36 +117,6 @@ def fresh_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return DiTDH(**config).eval()
-
-# %% ../../nbs/parts/05c_step.ipynb #e8dd072a
-def check_world(
-    config:DistillConfig, # the recipe
-    world:int, # number of processes
-):
-    "A clear message (`ParameterError`) if this many processes cannot share a step"
-    n = config.n_class
-    if world <= n:
-        if config.sharding == 'ddp' or n % world == 0: return
-        raise ParameterError(f'n_class={n} on {world} processes with sharding=fsdp: each must have '
-                             f'as many classes, so n_class must be a multiple of {world}')
-    if world % n:
-        raise ParameterError(f'{world} processes for n_class={n}: more processes than classes '
-                             'must be a multiple of the classes')
-    for name in ('n_neg', 'n_extra_neg'):
-        if getattr(config, name) % (world//n) == 0: continue
-        raise ParameterError(f'{name}={getattr(config, name)}: {world//n} processes share a class, '
-                             f'so it must be a multiple of {world//n}')
-
-# %% ../../nbs/parts/05c_step.ipynb #84860f28
-def share_out(
-    labels:list, # the step's classes
-    rank:int=0, # this process
-    world:int=1, # number of processes
-)->tuple: # this process's classes; which part of their samples it generates; number of parts
-    "Spread classes over processes; more processes than classes share a class"
-    if world <= len(labels): return labels[rank::world], 0, 1
-    parts = world//len(labels)
-    return [labels[rank//parts]], rank % parts, parts
 
 # %% ../../nbs/parts/05c_step.ipynb #9a13531b
 def through_images(

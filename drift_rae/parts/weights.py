@@ -244,6 +244,7 @@ def _must_be_copied(self:Samples, r):
     centre = squared_norm(x.mean(1))
     return bool((4*centre > 3*squared_norm(x).mean(1)).any())
 
+# %% ../../nbs/parts/03b_weights.ipynb #8da84943
 @patch
 def chunk(self:Samples,
     i:int, # number of the chunk: rows[i] of B

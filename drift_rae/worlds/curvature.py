@@ -37,6 +37,7 @@ def _solve(velocity, z, labels, times):
     with torch.no_grad(): sample_euler(step, z, times.to(z), keep)
     return torch.stack(points, 1)
 
+# %% ../../nbs/worlds/05e_curvature.ipynb #16aa9347
 def solve_trajectories(
     velocity:Callable, # (x, t, labels) -> velocity; x [n, C, h, w], t and labels [n]
     z:Tensor, # noise [n, C, h, w]

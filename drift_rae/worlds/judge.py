@@ -41,7 +41,7 @@ class Judge(nn.Module):
         self.register_buffer('scale', torch.ones(()))
 
     def pooled(self, images:Tensor)->Tensor:
-        "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1]; ValueError for others"
+        "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1], else ValueError"
         if images.ndim != 4 or images.shape[1:] != (3, 16, 16):
             raise ValueError(f'images have shape {tuple(images.shape)}: '
                              f'the judge of the miniature expects [N, 3, 16, 16]')

@@ -43,12 +43,15 @@ def _plan(store):
     some = store.rows(torch.tensor([0, len(store)//2, len(store)-1])).double().flatten(1).sum(1)
     return dict(counts=store.counts, shape=list(store.latent_shape), sums=some.tolist())
 
+# %% ../../nbs/worlds/03a_measure.ipynb #f7bfa41f
 def _open(store):
     "A store from its folder, or itself"
     return open_latents(store) if isinstance(store, (str, Path)) else store
 
+# %% ../../nbs/worlds/03a_measure.ipynb #90ecab91
 def _class_file(folder, label): return folder/f'class-{label:05d}.json'
 
+# %% ../../nbs/worlds/03a_measure.ipynb #c229d779
 def _measure_rank(rank, store, folder, todo, world, device):
     "The work of one process: every world-th of the classes"
     if world > 1 and device == 'cpu': torch.set_num_threads(1)
@@ -72,6 +75,7 @@ def _check_plan(store, folder):
     elif json.loads(file.read_text()) != _plan(store):
         raise ParameterError(f'{folder} holds statistics of other latents: give another folder')
 
+# %% ../../nbs/worlds/03a_measure.ipynb #b4369c96
 def measure_store(
     store, # a LatentStore, or the folder of one on disk
     folder:str|Path, # receives one file for each class; a stopped run goes on here

@@ -44,6 +44,7 @@ def posterior(self:VAE,
     mean, log_var = self.moments(self.encoder(images)).chunk(2, dim=1)
     return mean, log_var.clamp(-20, 10)
 
+# %% ../../nbs/worlds/02a_vae.ipynb #88db1b21
 @patch
 def encode(self:VAE,
     images:Tensor, # [N, 3, H, W] in [0, 1]
@@ -81,6 +82,7 @@ def _reconstruction_loss(vae, x, beta, g):
     z = mean + (log_var/2).exp()*torch.randn(mean.shape, generator=g)
     return (vae.decode(z, clamp=False) - x).abs().mean() + beta*kl_divergence(mean, log_var)
 
+# %% ../../nbs/worlds/02a_vae.ipynb #02b6e994
 def train_vae(
     images:Tensor, # [N, 3, H, W] in [0, 1]
     *, steps:int=700, # updates
