@@ -146,4 +146,4 @@ def test_papermill_runs_a_command_dry(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     made = (tmp_path/words[2]).read_text()
     assert 'dry run: 600 steps of 4 classes x (32 + 0) generated and 32 real samples are ready to start' in made
-    assert "y_softmax=True" in made and "perturbation='off'" in made
+    assert '`drift.y_softmax` | True |' in made and '`drift.perturbation` | off |' in made
