@@ -27,9 +27,11 @@ def test_stored_results_are_what_their_names_say():
     assert files
     for path in files:
         d = json.loads(path.read_text())
-        assert path.stem.endswith(f"_{d['hash']}_{d['seed']}") and d.get('noise_seed', 0) in (0, d['recipe']['evaluation']['noise_seed'] + d['seed'])
-        assert d['seconds']['cpu'] >= 0 and d['versions']['torch'] and math.isfinite(d['figures']['fd'])
+        assert path.stem.endswith(f"_{d['hash']}_{d['seed']}") and d['versions']['torch']
         assert path.stat().st_size < 20_000
+        if path.parent.name == 'claims': continue # measurements without a training run: tests/test_claims.py
+        assert d.get('noise_seed', 0) in (0, d['recipe']['evaluation']['noise_seed'] + d['seed'])
+        assert d['seconds']['cpu'] >= 0 and math.isfinite(d['figures']['fd'])
 
 def test_a_result_is_used_by_all_tables_that_have_its_row(tmp_path):
     put(tmp_path, B, 0)
