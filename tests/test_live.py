@@ -50,6 +50,9 @@ def folder(tmp_path_factory):
 def address(folder):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_): pass
+        def end_headers(self): # a browser that keeps files would not see that one is missing
+            self.send_header('Cache-Control', 'no-store')
+            super().end_headers()
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/live/index.html'
@@ -238,6 +241,7 @@ def test_a_missing_file_is_a_message(folder, address, browser):
 
 
 def test_a_file_address_says_so(folder, browser):
+    browser.get_log('browser') # forgets the pages before
     browser.get((folder/'index.html').as_uri())
     assert 'web server' in browser.find_element('id', 'live').text
     assert not [e for e in browser.get_log('browser') if e['level'] == 'SEVERE']
