@@ -94,7 +94,8 @@ def test_a_wrong_parameter_ends_the_program(wrong, sentence, tmp_path):
 
 def cells_until_the_check(notebook):
     cells = [c for c in json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
-    last = next(i for i, c in enumerate(cells) if ''.join(c['source']).replace('#| hide\n', '').startswith('check_parameters('))
+    code = [''.join(l for l in c['source'] if not l.startswith('#|')) for c in cells] # without directives
+    last = next(i for i, s in enumerate(code) if s.startswith('check_parameters('))
     return [''.join(c['source']) for c in cells[:last+1]]
 
 @pytest.mark.parametrize('notebook, wrong', [(n, w) for n in CHAPTERS
