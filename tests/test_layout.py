@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NBS, PACKAGE = ROOT/'nbs', ROOT/'drift_rae'
-FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'imagenet') # worlds and parts are one row
+FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'sharing', 'imagenet', 'own', 'commands') # worlds, parts and sharing are one row
 MOST_NOTEBOOKS, MOST_LINES, WIDTH = 12, 350, 100
 
 notebooks = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -28,13 +28,14 @@ def module_of(path):
 
 def place(path):
     """Where a notebook stands in the order of dependence: engine, networks, metrics; then chapters and
-    parts, mixed by the number and letter that their names begin with; then imagenet."""
+    parts, mixed by the number and letter that their names begin with; then imagenet, own, commands."""
     folder = path.parent.name if path.parent != NBS else ''
     number = re.match(r'(\d\d)([a-z]?)_', path.name)
     number = (int(number[1]), number[2]) if number else (-1, path.stem)
-    early = FOLDERS[:3]
+    early, late = FOLDERS[:3], FOLDERS[6:]
     if folder in early: return (0, early.index(folder), *number)
-    return (2 if folder == 'imagenet' else 1, 0, *number)
+    if folder in late: return (2, late.index(folder), *number)
+    return (1, 0, *number)
 
 
 PLACES = {module_of(p): place(p) for p in notebooks if module_of(p)}

@@ -29,7 +29,8 @@ def smoke(tmp_path_factory):
 
 def test_a_few_steps_write_everything(smoke):
     made = smoke/'runs/tiny'
-    assert {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json'} == {p.name for p in made.iterdir() if p.name != 'tensorboard'}
+    wanted = {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json', 'done.json', 'checkpoints'}
+    assert wanted == {p.name for p in made.glob('[!.]*') if p.name != 'tensorboard'}
     results = json.loads((made/'results.json').read_text())
     assert set(results) == KEYS
     assert set(results['fd']) == {'teacher_50', 'teacher_1', 'student', 'real'}

@@ -53,14 +53,14 @@ def _reason(e, repo, path, offline):
 
 # %% ../../nbs/engine/05_hub.ipynb #fc62fe5c
 def fetch_file(
-    repo:str, # 'owner/name' on the Hugging Face Hub
+    repo:str, # 'owner/name' on the Hugging Face Hub, also with hf: before it
     path:str, # of the file in the repository
     revision:str=None, # branch, tag or commit; None = the newest
     sha256:str='', # expected digest; empty = not checked
     cache:str|Path=None, # where fetched files are kept; None = the client's own place
 )->Path: # the file on this machine
     "Fetch one file, or take it from the cache; `ParameterError` says why if that is impossible"
-    offline = _offline()
+    offline, repo = _offline(), str(repo).removeprefix('hf:')
     try:
         found = Path(huggingface_hub.hf_hub_download(
             repo, path, revision=revision, cache_dir=cache, local_files_only=offline))
@@ -72,12 +72,19 @@ def fetch_file(
     return found
 
 # %% ../../nbs/engine/05_hub.ipynb #54dec259
+_LOCAL = {'runs', 'run', 'out', 'output', 'outputs', 'results', 'checkpoints', 'models', 'weights',
+          'data', 'latents', 'nbs', 'tests', 'tmp'} # what folders of runs are called
+
 def is_repository(
-    name:str|Path, # what a user gave: 'owner/name', a folder or a file
-)->bool: # True for owner/name, if there is no file or folder of that name here
+    name:str|Path, # what a user gave: 'hf:owner/name', 'owner/name', a folder or a file
+)->bool: # True for hf:owner/name; for owner/name only if no local path can be meant
     "Whether this can only be meant as a repository of the Hub"
-    if Path(name).suffix in ('.pt', '.safetensors') or Path(name).exists(): return False
-    return bool(re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name)))
+    given = str(name)
+    if not re.fullmatch(r'(hf:)?\w[\w.-]*/\w[\w.-]*', given): return False
+    if given.startswith('hf:'): return True
+    owner = given.split('/')[0]
+    if Path(given).suffix in ('.pt', '.safetensors') or Path(given).exists(): return False
+    return owner.lower() not in _LOCAL and not Path(owner).exists()
 
 # %% ../../nbs/engine/05_hub.ipynb #d124348b
 def hub_folder(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'GRACE', 'START', 'rank', 'world_size', 'is_main', 'device', 'share', 'all_mean', 'all_any', 'barrier',
-           'broadcast_object', 'LaunchError', 'Interrupted', 'catch_signals', 'join', 'launch', 'spread']
+           'broadcast_object', 'LaunchError', 'Interrupted', 'join', 'launch', 'spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #10e5eec2
 import atexit, json, logging, multiprocessing, os, pickle, re, signal, sys, tempfile, threading
@@ -23,8 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 from .parameters import ParameterError
-from .progress import spread
-_all_ = ['spread']
+from .progress import (
+    _signals, catch_signals, follow_parent, outlive_parent, spread)
+_all_ = ['spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #76863ea1
 def rank()->int: # from 0 to the world size less one
@@ -111,25 +112,6 @@ class LaunchError(RuntimeError):
 class Interrupted(LaunchError):
     "The run was ended by a signal; the message says what was saved"
 
-# %% ../../nbs/engine/07_launch.ipynb #ea35d73b
-_signals = [] # names of the signals that `catch_signals` has noted in this process
-
-@contextmanager
-def catch_signals():
-    "Note SIGTERM and SIGINT; yields a function that returns the name of the first one noted, or ''"
-    noted = []
-    def note(number, frame):
-        if noted and number == signal.SIGINT and 'TORCHELASTIC_RUN_ID' not in os.environ:
-            raise KeyboardInterrupt
-        noted.append(signal.Signals(number).name)
-        _signals.append(noted[-1])
-    main = threading.current_thread() is threading.main_thread()
-    wanted = (signal.SIGTERM, signal.SIGINT) if main else ()
-    before = {s: signal.signal(s, note) for s in wanted}
-    try: yield lambda: noted[0] if noted else ''
-    finally:
-        for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
-
 # %% ../../nbs/engine/07_launch.ipynb #94220401
 def _environment():
     "World size of the group that this process was started for, by torchrun or Slurm; 0 if for none"
@@ -187,6 +169,7 @@ def _report(folder, e):
 
 def _worker(folder, work):
     "A spawned process: join, call, return the value; `work` is a pickled (function, args, kwargs)"
+    follow_parent()
     with suppress(AttributeError): sys.stdout.reconfigure(line_buffering=True)
     try:
         fn, args, kwargs = pickle.loads(work)
@@ -297,7 +280,7 @@ def _config(folder, nproc, nnodes, rdzv):
 def _spawn(work, nproc, nnodes, rdzv):
     "Run packed work in new processes; returns the value of this machine's first rank"
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          _keep_handlers(), _silence_logs(), _end_children()):
+          _keep_handlers(), _silence_logs(), _end_children(), outlive_parent()):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
         except ChildFailedError as e: raise _why(folder, e, nproc*nnodes) from None
         except SignalException as e:
@@ -324,6 +307,7 @@ def _enter(world, nproc, nnodes):
         raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this process is one of {world} '
                              'that were started together; leave nproc at 0')
     if world == 1 or dist.is_initialized(): return
+    if 'TORCHELASTIC_RUN_ID' in os.environ: follow_parent()
     join()
     atexit.register(dist.destroy_process_group)
 

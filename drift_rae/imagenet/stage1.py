@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..engine import launch, sharding
 from ..networks.vit import DECODERS, Encoder, RAEDecoder
 from ..autoencoder import RAE
-from ..engine.files import fill, load_weights
+from ..engine.files import RunFolder, fill, load_weights
 from ..engine.parameters import ParameterError
 from ..engine.streams import stream
 from .critics import (
@@ -24,7 +24,8 @@ from .critics import (
 from .stage1_data import CropImages, Crops, MemoryImages
 from ..worlds.data import training_digits
 from ..networks.released import load_encoder
-from ..engine.training import Checkpoints, train
+from ..engine.checkpoints import Checkpoints, finished_rows, is_finished
+from ..engine.training import train
 import torch
 from torch import Tensor, nn
 
@@ -272,12 +273,12 @@ def _on_progress_line(row):
     "What the progress line shows"
     return {k: row[k] for k in ('l1', 'perceptual', 'weight', 'd_correct') if row[k] is not None}
 
-def _save(model, encoder, average, out):
+def _save(model, encoder, average, out, folder):
     "Write the averaged decoder with its encoder; the latent statistics belong to the encoder"
     known = RAE.from_pretrained('tiny') if model == 'tiny' else RAE(None, average)
     RAE(encoder, average, known.latent_mean, known.latent_var).cpu().save_pretrained(out)
+    folder.finish(sorted(p.name for p in out.glob('*.safetensors')))
 
-# %% ../../nbs/imagenet/05_stage1.ipynb #5f015a2f
 def run_stage1(
     model:str, # 'tiny', 'b', 'l' or 'xl'
     config:Stage1Config, # the numbers of the training
@@ -299,12 +300,14 @@ def run_stage1(
     stage = Stage1(encoder.to(device), decoder.to(device), data, *critics, config, seed)
     identity = dict(config=asdict(config), model=model, seed=seed, encoder=encoder.config,
                     images=data.order.n)
+    folder = RunFolder(out, identity)
+    if is_finished(folder, resume): return finished_rows(folder, stage.steps)
     checkpoints = Checkpoints(out/'checkpoints', identity, every=every or max(50, stage.epoch(1)))
     rows = train(
         decoder, stage, steps=stage.steps, lr=stage.lr, betas=config.betas, clip=None,
         average=average, decay=(config.ema, 0), name='decoder', checkpoints=checkpoints,
         resume=resume, state=stage.state, log=out/'log.csv', shown=_on_progress_line)
-    if launch.is_main(): _save(model, encoder, average, out)
+    if launch.is_main(): _save(model, encoder, average, out, folder)
     launch.barrier()
     return rows
 

@@ -12,12 +12,13 @@ from ..engine import launch
 from ..engine.sharding import full_state
 from ..autoencoder import RAE
 from ..engine.parameters import MODELS, RESUME, ParameterError
-from ..engine.progress import limit_threads
-from ..engine.files import versions
+from ..engine.progress import few_threads, limit_threads
+from ..engine.files import RunFolder, versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
 from ..worlds.latents import describe_store, latent_store
 from ..parts.monitor import Monitor
-from ..engine.training import Checkpoints
+from ..engine.checkpoints import Checkpoints, finished_rows, is_finished
+import torch
 from torch import Tensor
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #9dc2dbd2
@@ -86,20 +87,31 @@ def run_flow(
     every:int=0, # steps between checkpoints; 0: 500 for tiny, else 2500
 )->list: # loss of each step
     "One process of a teacher's training, writing everything into `out`"
-    limit_threads(model)
+    with few_threads(model), torch.random.fork_rng():
+        return _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_every,
+                         samples, sharding, every)
+
+def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_every, samples,
+              sharding, every):
+    "`run_flow`, with threads and random state as the run needs them"
     out, device, small = Path(out), launch.device(), model == 'tiny'
     store, config, rae = flow_parts(model, latents, autoencoder)
-    monitor = TeacherMonitor(store, rae and rae.to(device).decode, out,
-        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000))
     identity = dict(model=config, flow=asdict(replace(flow, at_once=0)), seed=seed,
                     latents=describe_store(store)) # at_once changes memory, not the result
-    checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500))
+    grows = 'flow.steps' if flow.lr[0] == flow.lr[1] else '' # else the rate falls over all steps
+    folder = RunFolder(out, identity, grows)
+    if is_finished(folder, resume): return [r['loss'] for r in finished_rows(folder, flow.steps)]
+    monitor = TeacherMonitor(store, rae and rae.to(device).decode, out,
+        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000))
+    checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500),
+                              grows=grows)
     average, losses = train_teacher(
         store, config=config, flow=flow, seed=seed, device=device, callback=monitor,
         resume=resume, sharding=sharding, checkpoints=checkpoints, log=out/'log.csv')
     whole = full_state(average)
     if launch.is_main():
         _save_teacher(out/'teacher.safetensors', config, average, whole, losses, seed, flow)
+        folder.finish(['teacher.safetensors'])
     launch.barrier()
     return losses
 

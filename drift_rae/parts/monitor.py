@@ -124,6 +124,23 @@ def verdict(self:Monitor)->str|None: # why the run is to stop; None: it goes on
     return (f'the quick Frechet distance is {now:.3g}, more than {self.stop_above:g} times its '
             f'smallest so far ({best:.3g}): the samples may have collapsed')
 
+# %% ../../nbs/parts/05d_monitor.ipynb #d2de09cf
+@patch
+def rows_before(self:Monitor,
+    step:int, # from 0
+)->list: # one dict with step and fd for each time
+    "The rows on disk of before a step; a damaged table is renamed to monitor_damaged.json"
+    if not self.file.is_file(): return []
+    try:
+        rows = [dict(step=int(r['step']), fd=float(r['fd']))
+                for r in json.loads(self.file.read_text())]
+    except (ValueError, TypeError, KeyError):
+        aside = self.file.with_name('monitor_damaged.json')
+        self.file.replace(aside)
+        print(f'{self.file} cannot be read: moved to {aside}', flush=True)
+        return []
+    return [r for r in rows if r['step'] < step]
+
 # %% ../../nbs/parts/05d_monitor.ipynb #2edcfa17
 @patch
 def __call__(self:Monitor,
@@ -135,8 +152,7 @@ def __call__(self:Monitor,
     if (step+1) % self.every: return None
     tokens, latents = self.generate(model)
     if not launch.is_main(): return None
-    if not self.rows and self.file.is_file(): # of before a stop
-        self.rows = [r for r in json.loads(self.file.read_text()) if r['step'] < step]
+    if not self.rows: self.rows = self.rows_before(step)
     self.rows.append(dict(step=step, fd=frechet_distance(tokens.double(), self.real)))
     write_json(self.file, self.rows)
     self.sheet(latents, self.folder/f'sheets/step_{step+1:07d}.png')

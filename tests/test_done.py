@@ -1,0 +1,91 @@
+"A finished run stays finished: nothing is made again, nothing is lost, more steps go on where that is possible"
+import hashlib, json, os, subprocess, sys
+from pathlib import Path
+import pytest
+from drift_rae.distill import main, start
+from drift_rae.engine.files import RunFolder
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.imagenet.stage2 import start_flow
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(n_class=2, n_pos=8, n_neg=4, n_extra_neg=4, steps=4, nproc=1)
+CONSTANT = dict(SMALL, changes='lr=(1e-5,1e-5)')
+
+def content(folder):
+    "Name -> digest of every file"
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+@pytest.fixture
+def finished(tmp_path):
+    start(out=str(tmp_path), monitor_every=2, **SMALL)
+    return tmp_path
+
+def test_the_same_command_changes_nothing(finished, capsys):
+    before = content(finished)
+    rows = start(out=str(finished), monitor_every=2, **SMALL)
+    assert content(finished) == before and len(rows) == 4
+    said = capsys.readouterr().out
+    assert 'finished' in said and 'generator.safetensors' in said and 'step' not in said.split('finished')[1].split('(')[0]
+
+def test_a_lost_table_of_a_finished_run(finished):
+    whole = start(out=str(finished), monitor_every=2, **SMALL)
+    (finished/'log.csv').unlink()
+    assert start(out=str(finished), monitor_every=2, **SMALL) == whole
+
+def test_another_run_is_refused_and_never_moves_the_old_one_aside(finished):
+    with pytest.raises(ParameterError, match='holds another run, finished: seed was 0 and is 1'): start(out=str(finished), seed=1, **SMALL)
+    start(out=str(finished), seed=1, resume='never', monitor_every=0, **SMALL)
+    former, = (finished/'former').iterdir()
+    assert {'done.json', 'generator.safetensors', 'log.csv', 'monitor.json', 'sheets'} <= {p.name for p in former.iterdir()}
+    assert not (finished/'monitor.json').exists() and not (finished/'sheets').exists()
+
+@pytest.mark.parametrize('lost', ['done.json', 'generator.safetensors', 'both'])
+def test_what_is_missing_at_the_end_is_made_without_training(lost, finished, monkeypatch):
+    before = content(finished)
+    for name in ('done.json', 'generator.safetensors') if lost == 'both' else (lost,): (finished/name).unlink()
+    monkeypatch.setattr('drift_rae.distill.drift_step', None) # no step can be made
+    start(out=str(finished), monitor_every=2, **SMALL)
+    after = content(finished)
+    for name in ('generator.safetensors', 'log.csv', 'monitor.json', 'done.json'): assert after[name] == before[name], name
+
+def test_more_steps_need_a_constant_rate(tmp_path):
+    start(out=str(tmp_path/'falls'), monitor_every=0, **SMALL)
+    with pytest.raises(ParameterError, match='steps was 4 and is 6.*resume=never'): start(out=str(tmp_path/'falls'), monitor_every=0, **{**SMALL, 'steps': 6})
+    start(out=str(tmp_path/'long'), monitor_every=0, **{**CONSTANT, 'steps': 6})
+    start(out=str(tmp_path/'both'), monitor_every=0, **CONSTANT)
+    rows = start(out=str(tmp_path/'both'), monitor_every=0, **{**CONSTANT, 'steps': 6})
+    assert len(rows) == 6
+    a, b = (content(tmp_path/f)['generator.safetensors'] for f in ('long', 'both'))
+    assert a == b
+    with pytest.raises(ParameterError, match='steps was 6 and is 4'): start(out=str(tmp_path/'both'), monitor_every=0, **CONSTANT)
+
+def test_a_killed_runs_temporary_files_are_removed(tmp_path):
+    (tmp_path/'checkpoints').mkdir()
+    for name in ('.generator.safetensors.12.tmp', 'checkpoints/.step_0000002.pt.34.tmp', 'monitor.json'): (tmp_path/name).write_text('[]')
+    start(out=str(tmp_path), monitor_every=0, **SMALL)
+    assert not list(tmp_path.rglob('.*.tmp')) and not (tmp_path/'monitor.json').exists()
+
+def test_a_teachers_training_stays_finished(tmp_path):
+    options = dict(out=str(tmp_path), steps=4, batch=8, samples=20, monitor_every=2)
+    losses, before = start_flow(**options), content(tmp_path)
+    assert start_flow(**options) == losses and content(tmp_path) == before
+
+def test_papermill_shows_a_finished_run_again(tmp_path):
+    environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
+    given = [w for k, v in dict(SMALL, samples=8, n_pos=32, monitor_every=2).items() for w in ('-p', k, str(v))]
+    def papermill(name):
+        done = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', str(ROOT/'nbs/06_distill.ipynb'), name, *given],
+                              cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return (tmp_path/name).read_text()
+    papermill('first.ipynb')
+    before = content(tmp_path/'runs/tiny')
+    again = papermill('again.ipynb')
+    assert content(tmp_path/'runs/tiny') == before
+    assert 'nothing is made again' in again and 'student, 1' in again and again.count('image/png') >= 3
+    done = json.loads((tmp_path/'runs/tiny/done.json').read_text())
+    assert done['metrics']['fd'] and set(done['files']) == {'generator.json', 'generator.safetensors', 'results.json', 'samples.png'}
+    (tmp_path/'runs/tiny/samples.png').unlink() # as after a kill before the end of the evaluation
+    papermill('third.ipynb')
+    assert (tmp_path/'runs/tiny/samples.png').exists()
