@@ -98,7 +98,7 @@ def precision_recall(
     real, # real features [M, D]
     k:int=3, # the ball of an image reaches to its k-th nearest neighbour
     memory:float=.5, # GB for one block of distances
-    radii=None, # of the balls of the real images [M], as `ball_radii` gives them; None: computed
+    radii=None, # of the balls of the real images [M], by ball_radii; None: computed
 )->tuple: # (precision, recall)
     "Precision and recall by k-nearest-neighbour balls, in blocks, exact in float64"
     if not isinstance(k, int) or k < 1:
@@ -182,7 +182,7 @@ def evaluate_features(
     real, # reference features [M, D], or their FeatureStatistics
     *, k:int=3, # of precision and recall
     balls=None, # reference features of precision, recall and kernel distance; None = real
-    radii=None, # of their balls, as `ball_radii` gives them; None: computed
+    radii=None, # of their balls, by ball_radii; None: computed
     labels=None, # the class that each generated image should have [N]
     predicted=None, # the class that a classifier gives it [N]
     logits=None, # class logits, for the Inception score [N, classes]
