@@ -22,6 +22,7 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 # %% ../../nbs/engine/01_parameters.ipynb #de86ebfe
 class ParameterError(ValueError):
     "A parameter cannot be used; the message says what was given and what is accepted"
+    exit_code = 1 # of a command that ends with it
 
 MODELS = ('tiny', 's', 'b', 'l', 'xl')
 RESUME = ('auto', 'never', 'must')
