@@ -9,7 +9,7 @@ __all__ = ['TeacherMonitor', 'flow_parts', 'run_flow', 'start_flow']
 from dataclasses import asdict, replace
 from pathlib import Path
 from ..engine import launch
-from ..engine.sharding import full_state
+from ..engine.sharding import fast_products, full_state
 from ..autoencoder import RAE
 from ..engine.parameters import MODELS, RESUME, ParameterError
 from ..engine.progress import few_threads, limit_threads
@@ -87,7 +87,7 @@ def run_flow(
     every:int=0, # steps between checkpoints; 0: 500 for tiny, else 2500
 )->list: # loss of each step
     "One process of a teacher's training, writing everything into `out`"
-    with few_threads(model), torch.random.fork_rng():
+    with few_threads(model), torch.random.fork_rng(), fast_products():
         return _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_every,
                          samples, sharding, every)
 
@@ -96,13 +96,13 @@ def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_ever
     "`run_flow`, with threads and random state as the run needs them"
     out, device, small = Path(out), launch.device(), model == 'tiny'
     store, config, rae = flow_parts(model, latents, autoencoder)
-    identity = dict(model=config, flow=asdict(replace(flow, at_once=0)), seed=seed,
-                    latents=describe_store(store)) # at_once changes memory, not the result
+    same = replace(flow, at_once=0, readers=min(1, flow.readers)) # larger ones change no result
+    identity = dict(model=config, flow=asdict(same), seed=seed, latents=describe_store(store))
     grows = 'flow.steps' if flow.lr[0] == flow.lr[1] else '' # else the rate falls over all steps
     folder = RunFolder(out, identity, grows)
     if is_finished(folder, resume): return [r['loss'] for r in finished_rows(folder, flow.steps)]
     monitor = TeacherMonitor(store, rae and rae.to(device).decode, out,
-        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000))
+        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000), precision=flow.precision)
     checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500),
                               grows=grows)
     average, losses = train_teacher(
@@ -123,7 +123,7 @@ def start_flow(
     steps:int=0, # updates; 0: as the preset has it
     batch:int=0, # latents per update, over all processes; 0: as the preset has it
     at_once:int=0, # latents that one process computes together; 0: its share of the batch
-    precision:str='float32', # of the forward pass, or 'bfloat16'
+    precision:str='', # of the forward pass: float32 or bfloat16; empty: as the preset has it
     sharding:str='ddp', # or 'fsdp'
     resume:str='auto', # 'auto': continue a stopped run; 'never': start over; 'must': only continue
     nproc:int=0, # processes on this machine; 0: one for each visible GPU, or one on the CPU
@@ -135,11 +135,12 @@ def start_flow(
     samples:int=0, # how many; 0: 200 for tiny, else 1000
 )->list: # loss of each step
     "Check everything, then train on all processes"
-    given = {k: v for k, v in dict(steps=steps, batch=batch, at_once=at_once).items() if v}
+    given = dict(steps=steps, batch=batch, at_once=at_once, precision=precision)
+    given = {k: v for k, v in given.items() if v}
     flow_parts(model, latents, autoencoder)
     if resume not in RESUME:
         raise ParameterError(f"resume={resume!r}: accepted is one of {', '.join(RESUME)}")
-    flow = replace(FlowConfig.preset(model), precision=precision, **given)
+    flow = replace(FlowConfig.preset(model), **given)
     if flow.hold >= flow.steps: flow = replace(flow, hold=flow.steps//20)
     out = Path(out or f'runs/teacher_{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')):

@@ -192,3 +192,12 @@ def pad_swiglu(self:DiTDH,
     for m in self.modules():
         if isinstance(m, SwiGLU): m.multiple = multiple
     return self
+
+# %% ../../nbs/networks/05_ditdh.ipynb #241cbb26
+@patch
+def compile_blocks(self:DiTDH,
+    **options, # of torch.compile, such as backend
+)->DiTDH: # the same network
+    "Compile every block, for any number of images"
+    for block in self.blocks: block.compile(**{'dynamic': True, **options})
+    return self

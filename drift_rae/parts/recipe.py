@@ -14,7 +14,8 @@ from ..drifting import DriftConfig
 
 # %% ../../nbs/parts/05b_recipe.ipynb #0facae7e
 _LEAST = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0,
-              checkpoint_every=1, keep=1, monitor_every=0)
+              checkpoint_every=1, keep=1, monitor_every=0, monitor_samples=1,
+              readers=1, pad_swiglu=1)
 _ACCEPTED = dict(precision=('float32', 'bfloat16'), sharding=('ddp', 'fsdp'),
                  recompute=(False, True), compiled=(False, True), decode_encode=(False, True))
 
@@ -76,10 +77,13 @@ class DistillConfig:
     micro_batch:int=0 # samples in the network at the same time; 0: those of at_once classes
     recompute:bool=False # recompute activations in the backward pass: less memory, more time
     compiled:bool=False # torch.compile the generator
+    pad_swiglu:int=1 # the perceptrons' hidden width is computed at a multiple of this
+    readers:int=1 # threads that read the latents of the next classes
     sharding:str='ddp' # several processes: ddp (each holds the whole model) or fsdp (a part)
     checkpoint_every:int=500 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
     monitor_every:int=500 # steps between sheets of samples and quick distances; 0: none
+    monitor_samples:int=2000 # samples of such a distance
 
     def __post_init__(self):
         for check in (_check_counts, _check_words, _check_optimiser): check(self)
@@ -114,7 +118,7 @@ _SCALES = dict( # one row per scale
                     lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32',
                     checkpoint_every=100, monitor_every=100),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000,
-                    lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16'),
+                    lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16', readers=8),
 )
 
 # %% ../../nbs/parts/05b_recipe.ipynb #e7e8128c
