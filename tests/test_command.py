@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from drift_rae import _instead
 from drift_rae.commands.command import COMMANDS, _source, load_command, main, overview
-from drift_rae.engine.parameters import make_parser
+from drift_rae.engine.command import make_parser
+from drift_rae.evaluate import load_extractor, save_reference, statistics
 
 ROOT = Path(__file__).parents[1]
 HERE = sorted(n for n in COMMANDS if _source(n))
@@ -28,7 +29,7 @@ FROZEN = json.loads((ROOT/'tests/fixtures/commands.json').read_text())
 def options_of(name):
     "Option -> default, or 'required' for a word in a fixed place"
     actions = make_parser(load_command(name), name)._actions
-    return {a.dest: a.default if a.option_strings else 'required' for a in actions if a.dest not in ('help', 'pdb', 'xtra')}
+    return {a.dest: a.default if a.option_strings or a.nargs == '?' else 'required' for a in actions if a.dest not in ('help', 'pdb', 'xtra')}
 
 @pytest.mark.parametrize('name', HERE)
 def test_names_and_defaults_are_frozen(name): assert options_of(name) == FROZEN[name]
@@ -69,10 +70,10 @@ def test_interrupted(tmp_path, monkeypatch):
     module = importlib.import_module('drift_rae.commands.sample') # the package's attribute is the function's module
     def interrupted(*_, **__): raise KeyboardInterrupt
     monkeypatch.setattr(module, 'make_images', interrupted)
-    assert command('sample', '--out', tmp_path/'x')[0] == 130
+    assert command('sample', 'tiny', '--out', tmp_path/'x')[0] == 130
 
 def test_messages_name_options_as_typed(tmp_path):
-    assert '--labels=' in command('sample', '--labels', 'eleven', '--out', tmp_path/'x')[2]
+    assert '--labels=' in command('sample', 'tiny', '--labels', 'eleven', '--out', tmp_path/'x')[2]
     assert '--features=' in command('fid', 'tiny', 'tiny', '--features', 'clip')[2]
     done = python('-m', 'drift_rae.distill', '--model', 'xl', '--dry_run')
     assert done.returncode == 1 and '--latents PATH' in done.stderr and '-p ' not in done.stderr
@@ -115,12 +116,21 @@ def test_fid_of_every_mixture(tmp_path):
                 if m['interval']: assert m['interval'][0] <= m['value'] <= m['interval'][1] # never beside its own point
 
 def test_fid_with_moments(tmp_path):
-    np.savez(tmp_path/'moments.npz', mu=np.zeros(2048), sigma=np.eye(2048))
-    code, out, _ = command('fid', pictures(tmp_path/'a', 6), tmp_path/'moments.npz', '--weights', 'random', '--json')
+    judge = load_extractor('judge')
+    g = np.random.default_rng(2).normal(size=(500, judge.dims))
+    save_reference(tmp_path/'moments.npz', statistics(g), judge)
+    code, out, _ = command('fid', pictures(tmp_path/'a', 6), tmp_path/'moments.npz', '--features', 'judge', '--json')
     found = json.loads(out)
-    assert code == 0 and set(found['metrics']) == {'fd'}
-    assert 'too few' in found['notes'][0] and any('random' in n for n in found['notes'])
-    assert command('fid', tmp_path/'a', tmp_path/'moments.npz', '--features', 'judge')[0] == 1
+    assert code == 0 and set(found['metrics']) == {'fd'} and 'too few' in found['notes'][0]
+    np.savez(tmp_path/'others.npz', mu=np.zeros(2048), sigma=np.eye(2048))
+    code, _, err = command('fid', tmp_path/'a', tmp_path/'others.npz', '--features', 'judge')
+    assert code == 1 and 'accepted for inception only' in err
+
+def test_fid_with_inception(tmp_path):
+    code, out, _ = command('fid', pictures(tmp_path/'a', 5), pictures(tmp_path/'b', 7, value=1), '--weights', 'random', '--json')
+    found = json.loads(out)
+    assert code == 0 and found['features']['dims'] == 2048 and [found[k]['n'] for k in 'ab'] == [5, 7]
+    assert any('random' in n for n in found['notes']) and any('50,000' in n for n in found['notes'])
 
 def test_fid_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -136,7 +146,7 @@ def test_fid_of_pictures_of_many_sizes(tmp_path):
     pictures(a/'more', 5, 'webp', 25)
     assert '--size=SIDE' in command('fid', a, 'tiny', '--features', 'judge')[2]
     code, out, _ = command('fid', a, 'tiny', '--features', 'judge', '--size', 16, '--json')
-    assert code == 0 and any('JPEG' in n for n in json.loads(out)['notes']) is False # a generator has no files
+    assert code == 0 and any('JPEG' in n for n in json.loads(out)['notes'])
 
 LAZY = ('timm', 'torchvision', 'matplotlib', 'sklearn')
 
