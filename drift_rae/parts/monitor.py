@@ -16,6 +16,7 @@ from ..engine.streams import image_noise, stream
 from ..worlds.data import show_images
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
+from ..worlds.latents import class_names
 from ..engine import launch
 
 # %% ../../nbs/parts/05d_monitor.ipynb #9c6e933c
@@ -112,6 +113,8 @@ def sheet(self:Monitor,
     import matplotlib.pyplot as plt
     images = [self.decode(z.to(self.device)).float().cpu() for z in latents]
     figure = show_images(images, [f'noise {i+1}' for i in range(len(images))], scale=.55)
+    for ax, name in zip(figure.axes, class_names(self.store)):
+        ax.set_title(name[:12], fontsize=6)
     with atomic(path) as f: figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
     plt.close(figure)
 
