@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from .engine.command import run_command
-from .engine.parameters import ParameterError, check_parameters
+from .engine.parameters import SMALL, ParameterError, check_parameters
 from .engine.progress import few_threads, limit_threads
 from .engine.files import RunFolder, hash_weights, lock_folder, versions
 from .parts.generator import OneStepGenerator, load_generator, save_generator
-from .parts.ingredients import RELEASED, check_store, load_parts, writable
-from .worlds.latents import describe_store
+from .parts.ingredients import (
+    RELEASED, check_store, fit_to_store, load_parts, writable)
+from .worlds.latents import class_names, describe_store
 from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (
@@ -167,6 +168,7 @@ def _run(config, out, seed, resume, stop_above, about, parts):
     average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume,
                             device=launch.device(), callback=monitor, autoencoder=rae)
     about = dict(config=config.to_dict(), seed=seed, versions=versions(), **about)
+    if names := class_names(store): about['class_names'] = names
     _write_generator(average, teacher, rae, out, about)
     if launch.is_main(): folder.finish(['generator.safetensors', 'generator.json'])
     return rows
@@ -180,7 +182,7 @@ def processes(
 )->int: # for launch; 0: one for each GPU, or one
     "Processes of a run: for the miniature on a CPU, as many as cores and classes allow"
     chosen = nproc or nnodes > 1 or launch._environment() # the last: torchrun or Slurm has chosen
-    if chosen or model != 'tiny' or torch.cuda.is_available(): return nproc
+    if chosen or model not in SMALL or torch.cuda.is_available(): return nproc
     return processes_for(config.n_class) if may_start_workers() else 1
 
 # %% ../nbs/06_distill.ipynb #44dbc07d
@@ -282,6 +284,7 @@ def start(
     check_parameters(locals(), **RULES)
     config = resolve(model, preset, steps, n_class, n_pos, n_neg, n_extra_neg, changes,
                      monitor_every)
+    if latents: config = fit_to_store(config, latents, n_class, n_pos)
     parts = dict(model=model, teacher=teacher, latents=latents, autoencoder=autoencoder)
     if processes(config, model, nproc, nnodes) > 1 and not dry_run: prepare_workers()
     out = out or f'runs/{model}'

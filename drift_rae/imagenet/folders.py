@@ -96,6 +96,8 @@ class ClassFolder(ImageFolder):
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
 
+    def rgb(self, image): return image.convert('RGB') # a picture of any mode, before the crop
+
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
 def name(self:ClassFolder, i:int)->str: # below the root, with forward slashes
@@ -118,7 +120,7 @@ def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
     "Image `i`, cropped; `UnreadableImage` if it is damaged, `ParameterError` if the disk fails"
     path, name = self.samples[i][0], self.name(i)
     try:
-        with open(path, 'rb') as f: image = self.crop(Image.open(f).convert('RGB'), self.size)
+        with open(path, 'rb') as f: image = self.crop(self.rgb(Image.open(f)), self.size)
     except MemoryError: raise
     except Exception as e: # PIL has no common class for the many ways in which a picture is damaged
         if isinstance(e, OSError) and e.errno:
@@ -141,9 +143,8 @@ def describe(self:ClassFolder)->dict: # JSON-serialisable
     digest = hashlib.sha256()
     for i, label in enumerate(self.targets):
         digest.update(f'{label} {self.name(i)}\n'.encode(errors='surrogateescape'))
-    crop = getattr(self.crop, '__name__', str(self.crop))
     return dict(number=len(self), classes=len(self.classes), list=digest.hexdigest(),
-                size=self.size, crop=crop)
+                size=self.size, crop=getattr(self.crop, '__name__', str(self.crop)))
 
 # %% ../../nbs/imagenet/02_folders.ipynb #f3b80622
 def _framed(image, generator):

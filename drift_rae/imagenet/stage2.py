@@ -11,7 +11,7 @@ from pathlib import Path
 from ..engine import launch
 from ..engine.sharding import fast_products, full_state
 from ..autoencoder import RAE
-from ..engine.parameters import MODELS, RESUME, ParameterError
+from ..engine.parameters import MODELS, RESUME, SMALL, ParameterError
 from ..engine.progress import few_threads, limit_threads
 from ..engine.files import RunFolder, versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
@@ -33,18 +33,10 @@ class TeacherMonitor(Monitor):
         if self.decode is not None: Monitor.sheet(self, latents, path)
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #167126f8
-def _check_fit(model, store, config, rae):
-    "Refuse latents or an autoencoder of another shape, and too many classes"
-    wanted = (config['in_channels'], config['input_size'], config['input_size'])
-    found, classes = tuple(store.latent_shape), config['num_classes']
-    if found != wanted:
-        raise ParameterError(f'latents: they have shape {found}, model={model} takes {wanted}')
-    if store.num_classes > classes:
-        raise ParameterError(f'latents: they have {store.num_classes} classes, '
-                             f'model={model} has {classes}')
-    if rae and tuple(rae.latent_shape) != wanted:
-        raise ParameterError(f'autoencoder: its latents have shape {tuple(rae.latent_shape)}, '
-                             f'model={model} takes {wanted}')
+def _check_square(store):
+    "Refuse latents that are not square"
+    c, h, w = store.latent_shape
+    if h != w: raise ParameterError(f'latents: {h} x {w} tokens, accepted is a square')
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #6ba60fd5
 def flow_parts(
@@ -58,10 +50,13 @@ def flow_parts(
     if model != 'tiny' and not latents:
         raise ParameterError(f'model={model}: give latents=FOLDER, a latent store written by '
                              'nbs/imagenet/02_folders.ipynb')
-    store, config, rae = latent_store(model, latents), preset(model), None
-    _check_fit(model, store, config, None)
+    store, rae = latent_store(model, latents), None
+    _check_square(store)
+    config = preset(model, store.latent_shape, store.num_classes)
     if autoencoder or model == 'tiny': rae = RAE.from_pretrained(autoencoder or 'tiny')
-    _check_fit(model, store, config, rae)
+    if rae and tuple(rae.latent_shape) != tuple(store.latent_shape):
+        raise ParameterError(f'autoencoder: its latents have shape {tuple(rae.latent_shape)}, '
+                             f'the store has {tuple(store.latent_shape)}')
     return store, config, rae
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #ecb09a93
@@ -94,7 +89,7 @@ def run_flow(
 def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_every, samples,
               sharding, every):
     "`run_flow`, with threads and random state as the run needs them"
-    out, device, small = Path(out), launch.device(), model == 'tiny'
+    out, device, small = Path(out), launch.device(), model in SMALL
     store, config, rae = flow_parts(model, latents, autoencoder)
     same = replace(flow, at_once=0, readers=min(1, flow.readers)) # larger ones change no result
     identity = dict(model=config, flow=asdict(same), seed=seed, latents=describe_store(store))

@@ -11,12 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from ..engine.files import atomic, write_json
 from ..engine.streams import stream
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
+from ..worlds.latents import class_names
 from ..engine import launch
 
 # %% ../../nbs/parts/05d_monitor.ipynb #9c6e933c
@@ -118,20 +119,31 @@ def _turns(self:Monitor, model, n):
     if not hasattr(model, 'set_requires_gradient_sync'): return mine
     return (mine + [n-1])[:-(-n//launch.world_size())]
 
+# %% ../../nbs/parts/05d_monitor.ipynb #5e406c98
+def _with_names(image, names, width):
+    "The picture below a line of names, one for each column of that width in pixels"
+    out = Image.new('RGB', (image.width, image.height + 14), 'white')
+    out.paste(image, (0, 14))
+    draw = ImageDraw.Draw(out)
+    for i, name in enumerate(names[:image.width//width]):
+        draw.text((i*width + 2, 1), name[:width//7], fill='black')
+    return out
+
 # %% ../../nbs/parts/05d_monitor.ipynb #866d5f10
 def write_sheet(
     rows:list, # of images [n, 3, H, W] in [0, 1], the same n in each
     path:str|Path, # the .png file
     least:int=64, # pixels of an image's side; smaller images are enlarged by a whole number
+    names:list=(), # written above the columns
 ):
-    "Write rows of images as one image, without margins"
+    "Write rows of images as one image, without margins; grey ones as ink on paper"
     x = torch.stack([r.float().cpu() for r in rows]).clamp(0, 1) # [rows, n, 3, H, W]
-    if x.shape[-1] <= 32 or torch.equal(x, x[:, :, :1].expand_as(x)): # grey
-        x = 1 - x.mean(2, keepdim=True).expand_as(x)
+    if (x.amax(2) - x.amin(2)).mean() < .02: x = 1 - x.mean(2, keepdim=True).expand_as(x)
     x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) # [rows*H, n*W, 3]
     times = max(1, -(-least//rows[0].shape[-1]))
     x = x.repeat_interleave(times, 0).repeat_interleave(times, 1)
     image = Image.fromarray((255*x).round().byte().numpy())
+    if names: image = _with_names(image, names, image.width//len(rows[0]))
     with atomic(path) as f: image.save(f, format='png')
 
 # %% ../../nbs/parts/05d_monitor.ipynb #b0e4b188
@@ -141,9 +153,9 @@ def sheet(self:Monitor,
     latents:Tensor, # [each, classes, C, h, w]
     path:str|Path, # the .png file
 ):
-    "Write a sheet of decoded samples, at full size"
+    "Write a sheet of decoded samples, at full size, with the classes' names if there are any"
     with self.half(): images = [self.decode(z.to(self.device)).float().cpu() for z in latents]
-    write_sheet(images, path)
+    write_sheet(images, path, names=class_names(self.store))
 
 # %% ../../nbs/parts/05d_monitor.ipynb #10aa81ae
 @patch

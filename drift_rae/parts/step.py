@@ -111,9 +111,7 @@ def fresh_model(
 )->DiTDH: # in evaluation mode
     "A flow model before any training, where Table 9 starts"
     config = preset(model)
-    if store is not None:
-        config.update(in_channels=store.latent_shape[0], input_size=store.latent_shape[1],
-                      num_classes=store.num_classes)
+    if store is not None: config = preset(model, store.latent_shape, store.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return DiTDH(**config).eval()
