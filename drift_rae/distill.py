@@ -8,11 +8,11 @@ __all__ = ['Ahead', 'distill', 'run', 'processes', 'dry', 'keep_others_out', 'ex
            'resolve', 'RULES', 'RELEASED', 'load_parts', 'check_store', 'writable']
 
 # %% ../nbs/06_distill.ipynb #4ee0fecd
-import argparse, copy, inspect, os, time
+import copy, os, time
 from pathlib import Path
 import torch
-from fastcore.docments import docments
 from torch import nn
+from .engine.command import run_command
 from .engine.parameters import ParameterError, check_parameters
 from .engine.progress import few_threads, limit_threads
 from .engine.files import RunFolder, hash_weights, lock_folder, versions
@@ -320,17 +320,6 @@ def main(
     argv:list=None, # words of the command line; None: those of this process
 ):
     "`python -m drift_rae.distill` and `drift_rae_distill`"
-    parser = argparse.ArgumentParser(
-        prog='drift_rae_distill',
-        description='Distil a flow model into a one-step generator (Drift-RAE)')
-    parser.error = lambda message: parser.exit(1, f'{message}\n')
-    helps = docments(start)
-    for p in inspect.signature(start).parameters.values():
-        parser.add_argument(f'--{p.name}', type=p.annotation, default=p.default,
-                            metavar=repr(p.default), help=helps[p.name])
-    try: start(**vars(parser.parse_args(argv)))
-    except (ParameterError, launch.Interrupted) as e:
-        if launch.world_size() > 1: raise
-        parser.exit(1, f'{e}\n')
+    run_command(start, argv, 'drift_rae_distill')
 
 if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no __file__

@@ -108,9 +108,14 @@ def broadcast_object(
 # %% ../../nbs/engine/07_launch.ipynb #cecb1afa
 class LaunchError(RuntimeError):
     "A process failed; the message begins with its own and ends with its traceback"
+    exit_code = 1 # of a command that ends with it
 
 class Interrupted(LaunchError):
-    "The run was ended by a signal; the message says what was saved"
+    "The run was ended by a signal, or by its callback; the message says what was saved"
+    @property
+    def exit_code(self)->int:
+        "Of a command that ends with it: 130 after a signal, 1 after a callback's reason"
+        return 130 if re.search('by SIG|another process was', str(self)) else 1
 
 # %% ../../nbs/engine/07_launch.ipynb #94220401
 def _environment():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from ..engine.files import RunFolder
 from ..engine.streams import stream
-from ..metrics.neighbours import evaluate_features
+from ..metrics.neighbours import ball_radii, evaluate_features
 from ..flow import one_step, sample
 from ..worlds.data import deform, digits, training_digits
 from ..worlds.judge import load_judge
@@ -51,8 +51,17 @@ def generate_with_each(
 def _judged(job):
     "Features and predicted classes of images, or of latents that are decoded first"
     x, rae = job
-    judge, images = load_judge(), x if rae is None else rae.decode(x)
-    return judge.features(images), judge.predict(images)
+    return load_judge().features_and_classes(x if rae is None else rae.decode(x))
+
+# %% ../../nbs/parts/05f_comparison.ipynb #a34120b2
+@torch.no_grad()
+def _reference(images):
+    "Features of the real images, and the radii of their balls"
+    features = load_judge().features(images)
+    return features, ball_radii(features)
+
+# %% ../../nbs/parts/05f_comparison.ipynb #2c7eff33
+def _judged_or_reference(job): return _reference(job[0]) if job[1] == 'real' else _judged(job)
 
 # %% ../../nbs/parts/05f_comparison.ipynb #43544809
 def _evaluated(job):
@@ -74,9 +83,10 @@ def compare_digits(
     *, processes:int=1, # that share the sets
 )->dict: # name -> metrics; also 'real': those of held-out real images
     "Frechet distance, accuracy, precision and recall by the judge's features"
-    jobs = [(training_digits()[0], None), *((z, rae) for z in made.values()), (held_out(), None)]
-    (real, _), *judged, (unseen, _) = share_work(_judged, jobs, processes)
-    jobs = [(f, real, dict(labels=labels, predicted=p)) for f, p in judged] + [(unseen, real, {})]
+    sets = [(training_digits()[0], 'real'), *((z, rae) for z in made.values()), (held_out(), None)]
+    (real, radii), *judged, (unseen, _) = share_work(_judged_or_reference, sets, processes)
+    jobs = [(f, real, dict(radii=radii, labels=labels, predicted=p)) for f, p in judged]
+    jobs.append((unseen, real, dict(radii=radii)))
     return dict(zip([*made, 'real'], share_work(_evaluated, jobs, processes)))
 
 # %% ../../nbs/parts/05f_comparison.ipynb #ae03f226
