@@ -23,7 +23,7 @@ from .worlds.latents import class_names, describe_store
 from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (
-    check_world, drift_step, make_student, maps_of, step_labels, step_samples)
+    check_null, check_world, drift_step, make_student, maps_of, step_labels, step_samples)
 from .parts.workers import (
     may_start_workers, prepare_workers, processes_for, start_method)
 from .worlds.reading import Ahead
@@ -65,7 +65,7 @@ def _step_function(store, config, seed, ahead, maps):
     images, last = config.n_class*(config.n_neg + config.n_extra_neg), time.perf_counter()
     def step_fn(step, network):
         nonlocal last
-        labels = step_labels(store.num_classes, config.n_class, seed, step)
+        labels = step_labels(store.num_classes, config.n_class, seed, step, config.label_dropout)
         loss, figures = drift_step(network, store, labels, config, seed, step,
                                    samples=ahead, maps=maps)
         spent, last = time.perf_counter() - last, time.perf_counter()
@@ -77,6 +77,7 @@ def _step_function(store, config, seed, ahead, maps):
 # %% ../nbs/06_distill.ipynb #a877cf64
 def _student_and_average(teacher, config, device):
     "Where a run starts: two copies of the teacher, one with gradients"
+    check_null(teacher, config)
     student = make_student(teacher).to(device)
     average = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
     student.checkpointing = config.recompute
@@ -131,12 +132,12 @@ def distill(
     return average, rows
 
 # %% ../nbs/06_distill.ipynb #d544c4e8
-def _write_generator(average, teacher, rae, out, about):
+def _write_generator(average, teacher, rae, out, about, options):
     "Save the averaged student; every process calls it, the first writes"
     whole = sharding.full_state(average)
     if launch.is_main():
         teacher.load_state_dict(whole) # it has the architecture, and is no longer needed
-        save_generator(OneStepGenerator(teacher, rae.cpu(), about), out)
+        save_generator(OneStepGenerator(teacher, rae.cpu(), about, **options), out)
     launch.barrier()
 
 # %% ../nbs/06_distill.ipynb #4954abd0
@@ -169,7 +170,7 @@ def _run(config, out, seed, resume, stop_above, about, parts):
                             device=launch.device(), callback=monitor, autoencoder=rae)
     about = dict(config=config.to_dict(), seed=seed, versions=versions(), **about)
     if names := class_names(store): about['class_names'] = names
-    _write_generator(average, teacher, rae, out, about)
+    _write_generator(average, teacher, rae, out, about, config.generator_options())
     if launch.is_main(): folder.finish(['generator.safetensors', 'generator.json'])
     return rows
 

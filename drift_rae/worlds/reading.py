@@ -27,7 +27,8 @@ class Ahead:
     def _chunks(self, store, config, seed, first):
         "All (step, classes) of this process, in order"
         for step in range(first, config.steps):
-            labels = step_labels(store.num_classes, config.n_class, seed, step)
+            labels = step_labels(store.num_classes, config.n_class, seed, step,
+                                 config.label_dropout)
             for classes in own_chunks(labels, config)[0]: yield step, classes
 
     def _begin(self, store, config, seed, first):
