@@ -32,8 +32,8 @@ from .engine.training import train
 from .engine import launch, sharding
 
 # %% ../nbs/06_distill.ipynb #a59d2ea5
-_all_ = ['Ahead', 'OneStepGenerator', 'load_generator', 'save_generator', 'DistillConfig', 'config_for',
-         'drift_step', 'make_student', 'changed', 'resolve', 'RULES', 'RELEASED',
+_all_ = ['Ahead', 'OneStepGenerator', 'load_generator', 'save_generator', 'DistillConfig',
+         'config_for', 'drift_step', 'make_student', 'changed', 'resolve', 'RULES', 'RELEASED',
          'load_parts', 'check_store', 'writable'] # of the chapters before
 
 # %% ../nbs/06_distill.ipynb #bdd7f554

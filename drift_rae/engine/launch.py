@@ -87,10 +87,7 @@ def all_any(
     flag, # anything that is true or false
 )->bool: # the same on every rank
     "True on every rank if it is true on one"
-    if world_size() == 1: return bool(flag)
-    flags = torch.tensor(float(bool(flag)))
-    dist.all_reduce(flags)
-    return flags.item() > 0
+    return all_max(bool(flag)) > 0
 
 def all_max(
     value:float, # of this rank

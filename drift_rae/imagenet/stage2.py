@@ -97,7 +97,8 @@ def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_ever
     folder = RunFolder(out, identity, grows)
     if is_finished(folder, resume): return [r['loss'] for r in finished_rows(folder, flow.steps)]
     monitor = TeacherMonitor(store, rae and rae.to(device).decode, out,
-        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000), precision=flow.precision)
+        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000),
+        precision=flow.precision)
     checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500),
                               grows=grows)
     average, losses = train_teacher(

@@ -171,8 +171,8 @@ def weights_bytes(
 # %% ../../nbs/networks/06_cost.ipynb #3fbc2662
 def _autoencoder(name):
     "Encoder and decoder: the miniature's, or DINOv2-B with the released ViT-XL decoder"
-    tiny = name == 'tiny'
-    return make_encoder('tiny' if tiny else 'dinov2'), RAEDecoder(DECODERS['tiny' if tiny else 'xl'])
+    encoder, decoder = ('tiny', 'tiny') if name == 'tiny' else ('dinov2', 'xl')
+    return make_encoder(encoder), RAEDecoder(DECODERS[decoder])
 
 def autoencoder_bytes(
     name:str, # tiny, s, b, l or xl

@@ -49,7 +49,8 @@ def share_of_samples(
     sampler:dict=None, # options of sample for the teacher, such as guidance and interval
 )->tuple: # {batch: {name: mean tokens [n, C]}}, {row: {name: latent}}, sums of squared differences
     "What this process makes of all samples"
-    device, shape = next(teacher.parameters()).device, (teacher.in_channels, *[teacher.input_size]*2)
+    device = next(teacher.parameters()).device
+    shape = teacher.in_channels, teacher.input_size, teacher.input_size
     batches = torch.arange(teacher.num_classes*each).split(batch)
     tokens, kept, apart = {}, {}, {k: torch.zeros(2, dtype=torch.float64) for k in GENERATORS}
     for i in range(launch.rank(), len(batches), launch.world_size()):
