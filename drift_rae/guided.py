@@ -26,7 +26,7 @@ from .parts.recipe import DistillConfig, changed
 from .distill import distill
 from .flow import DiTDH, one_step
 from .parts.step import to_tokens
-from .worlds.extrapolation import guided_step
+from .parts.extrapolation import guided_step
 
 # %% ../nbs/12_guided.ipynb #d023d34c
 def guided_gaussian(

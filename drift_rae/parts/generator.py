@@ -21,8 +21,8 @@ from ..flow import sample as sample_flow # `sample` is a method here
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from ..metrics.images import GeneratedImages
-from ..worlds.extrapolation import guided_step, in_steps
-from .onnx import export_onnx as write_onnx # `export_onnx` is a method here
+from .extrapolation import guided_step, in_steps
+from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 
 # %% ../../nbs/parts/05a_generator.ipynb #4f3edbf5
 class OneStepGenerator(nn.Module):
@@ -208,7 +208,7 @@ def export_onnx(self:OneStepGenerator,
 
     Inputs: `noise`, float32 [batch, C, h, w], standard normal; `label`, int64 [batch]. Output:
     `images`, float32 [batch, 3, H, W] in [0, 1], those of PyTorch up to 1e-5. The batch is free.
-    Errors and weights beyond 1.9 GB: see `drift_rae.parts.onnx.export_onnx`."""
+    Errors and weights beyond 1.9 GB: see `drift_rae.sharing.onnx.export_onnx`."""
     return write_onnx(self.model, self.autoencoder, path)
 
 # %% ../../nbs/parts/05a_generator.ipynb #df9162ab
