@@ -209,6 +209,9 @@ def export_onnx(self:OneStepGenerator,
     Inputs: `noise`, float32 [batch, C, h, w], standard normal; `label`, int64 [batch]. Output:
     `images`, float32 [batch, 3, H, W] in [0, 1], those of PyTorch up to 1e-5. The batch is free.
     Errors and weights beyond 1.9 GB: see `drift_rae.sharing.onnx.export_onnx`."""
+    if len(self.times) > 1:
+        raise ParameterError(f'a generator of {len(self.times)} steps cannot be exported: '
+                             'accepted is a generator of one step')
     return write_onnx(self.model, self.autoencoder, path)
 
 # %% ../../nbs/parts/05a_generator.ipynb #df9162ab
