@@ -19,10 +19,6 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.distributed.rendezvous import rendezvous
 from .parameters import ParameterError
 from .progress import (
     _signals, catch_signals, follow_parent, outlive_parent, spread)
@@ -151,6 +147,7 @@ def join():
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.set_device(device())
     _share_cores(gpu)
+    from torch.distributed.rendezvous import rendezvous
     _store, r, n = next(rendezvous('env://', timeout=TIMEOUT))
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', rank=r, world_size=n,
                             store=dist.PrefixStore('drift_rae', _store), timeout=TIMEOUT)
@@ -277,6 +274,8 @@ _first = True # whether the last launch had rank 0 on this machine
 
 def _config(folder, nproc, nnodes, rdzv):
     "Settings: c10d, spawn, no restarts, rank 0 on the console and the others' output in files"
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
     global _launches
     _launches += 1
     known = {f.name for f in fields(LaunchConfig)}
@@ -293,6 +292,9 @@ def _config(folder, nproc, nnodes, rdzv):
 def _spawn(work, nproc, nnodes, rdzv):
     "Run packed work in new processes; returns the value of this machine's first rank"
     global _first
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           _keep_handlers(), _silence_logs(), _end_children(), outlive_parent()):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
@@ -343,7 +345,9 @@ def launch(
     world = _environment()
     if world and not rdzv:
         _enter(world, nproc, nnodes)
-        return fn(*args, **kwargs) if world == 1 else record(fn)(*args, **kwargs)
+        if world == 1: return fn(*args, **kwargs)
+        from torch.distributed.elastic.multiprocessing.errors import record
+        return record(fn)(*args, **kwargs)
     nproc = _processes(nproc, nnodes, rdzv)
     if nproc*nnodes == 1: return fn(*args, **kwargs)
     return _spawn(_pack(fn, args, kwargs), nproc, nnodes, rdzv)
