@@ -126,7 +126,7 @@ def sample(
     if not generator: raise ParameterError(f'{run}: there is no generator.safetensors in it')
     out = _new_place(out, kind)
     made = make_images(generator=generator, per_class=1, seed=seed, block=min(n, batch),
-                       extrapolation=guidance, guide=guide)
+                       extrapolation=guidance, weak=guide)
     chosen = parse_labels(labels, n, made.classes, class_names(generator))
     images = LabelledImages(made, chosen)
     seen = Watched(images, 'image', file=sys.stderr)

@@ -8,7 +8,7 @@ __all__ = ['TIMEOUT', 'GRACE', 'START', 'rank', 'world_size', 'is_main', 'device
            'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #10e5eec2
-import atexit, json, logging, multiprocessing, os, pickle, re, signal, sys, tempfile, threading
+import atexit, json, multiprocessing, os, pickle, re, signal, sys, tempfile, threading
 import time, traceback
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from .parameters import ParameterError
-from .progress import (
-    _signals, catch_signals, follow_parent, outlive_parent, spread)
+from drift_rae.engine.progress import (
+    _signals, catch_signals, follow_parent, outlive_parent, silence_launcher, spread,
+    watch_machines)
 _all_ = ['spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #76863ea1
@@ -183,7 +184,7 @@ def _worker(folder, work):
     try:
         fn, args, kwargs = pickle.loads(work)
         join()
-        value = fn(*args, **kwargs)
+        with watch_machines(folder): value = fn(*args, **kwargs)
         if _signals: raise Interrupted(f'stopped by {_signals[0]}') # the value is not wanted now
         value = pickle.dumps(value) if os.environ['LOCAL_RANK'] == '0' else None
     except BaseException as e:
@@ -210,8 +211,11 @@ def _reports(folder):
 
 def _why(folder, failed, world):
     "The parent's exception when elastic_launch says that a process failed"
-    number, failure = failed.get_first_failure()
+    from torch.distributed.elastic.rendezvous import RendezvousError
     reports = _reports(folder)
+    if isinstance(failed, RendezvousError): # a machine was lost, or none was found
+        return _exception(reports[0]) if reports else LaunchError(f'no other machine: {failed}')
+    number, failure = failed.get_first_failure()
     if failure.exitcode >= 0 and reports: return _exception(reports[0]) # all hold the first
     return _died(folder, number, failure, world)
 
@@ -244,17 +248,6 @@ def _keep_handlers():
     try: yield
     finally:
         for s, handler in handlers.items(): signal.signal(s, handler or signal.SIG_DFL)
-
-@contextmanager
-def _silence_logs():
-    "Silence the launcher's log: its errors are raised"
-    noisy = re.compile(r'torch\.(distributed\.(elastic|launcher)|multiprocessing)')
-    levels = {l: l.level for n, l in logging.root.manager.loggerDict.items()
-              if isinstance(l, logging.Logger) and noisy.match(n)}
-    for l in levels: l.setLevel(logging.CRITICAL)
-    try: yield
-    finally:
-        for l, level in levels.items(): l.setLevel(level)
 
 @contextmanager
 def _end_children():
@@ -294,11 +287,13 @@ def _spawn(work, nproc, nnodes, rdzv):
     global _first
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          _keep_handlers(), _silence_logs(), _end_children(), outlive_parent()):
+          _keep_handlers(), silence_launcher(), _end_children(), outlive_parent()):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
-        except ChildFailedError as e: raise _why(folder, e, nproc*nnodes) from None
+        except (ChildFailedError, RendezvousError) as e:
+            raise _why(folder, e, nproc*nnodes) from None
         except SignalException as e:
             said = [r['sentence'] for r in _reports(folder) if r['interrupted']]
             raise Interrupted(said[0] if said else f'stopped by {e.sigval.name}') from None

@@ -177,7 +177,7 @@ class GeneratedImages(Images):
         classes:int, # number of classes
         per_class:int, # images of each
         seed:int=0, # of the noises
-        quantise:str='round', # round or truncate, see to_uint8
+        quantise:str='truncate', # as the official sampling, or round: see to_uint8
         block:int=50, # images that are generated together
         name:dict=None, # for the record: weights' hash, NFE, guidance
     ):
