@@ -109,7 +109,8 @@ def share_interval(
     "Wilson's 95 % interval of a share"
     z = 1.959964
     middle, width = share + z*z/(2*n), z*(share*(1 - share)/n + z*z/(4*n*n))**.5
-    return [(middle - width)/(1 + z*z/n), (middle + width)/(1 + z*z/n)]
+    ends = [(middle - width)/(1 + z*z/n), (middle + width)/(1 + z*z/n)]
+    return [min(ends[0], share), max(ends[1], share)] # at 0 and 1 rounding would leave it out
 
 # %% ../../nbs/commands/03_fid.ipynb #994f1fd3
 def _around(value, error, low=-np.inf):

@@ -107,7 +107,7 @@ def _new_place(out, kind):
 
 # %% ../../nbs/commands/04_sample.ipynb #12cb5840
 def sample(
-    run:str='tiny', # the folder of a run, or tiny (digits)
+    run:str, # the folder of a run, or tiny (digits)
     labels:str='', # classes by number, range (0-9) or name, with commas; empty: all in turn
     n:int=64, # images in all
     out:str='samples', # folder of PNG files, or the npz file
