@@ -8,7 +8,9 @@ __all__ = ['OneStepGenerator', 'RAE', 'DriftConfig', 'drift_loss', 'drift_field'
            'precision_recall']
 
 # %% ../nbs/engine/12_package.ipynb #f8e0856e
+import sys
 from importlib import import_module
+from pathlib import Path
 
 # %% ../nbs/engine/12_package.ipynb #df49f968
 _MODULES = dict( # name -> the module that holds it
@@ -27,3 +29,33 @@ def __getattr__(name:str):
 def __dir__():
     "The lazy names too, for completion"
     return sorted([*globals(), *_MODULES])
+
+# %% ../nbs/engine/12_package.ipynb #8e3e37e2
+def _to_run(argv, original):
+    "The module of this package that `python -m` looks for, or ''; of sys.argv and sys.orig_argv"
+    if argv[:1] != ['-m'] or len(argv) > len(original): return ''
+    name = original[len(original) - len(argv)].removeprefix('-m')
+    return name if name.startswith('drift_rae.') else ''
+
+# %% ../nbs/engine/12_package.ipynb #0116aacc
+def _instead(name):
+    "What to say of a module that `python -m` cannot run; '' if it can, or does not exist"
+    path = Path(__file__).parent.joinpath(*name.split('.')[1:])
+    path = path/'__init__.py' if path.is_dir() else path.with_suffix('.py')
+    source = path.read_text(encoding='utf-8') if path.is_file() else ''
+    if not path.is_file() or "__name__ == '__main__'" in source: return ''
+    about, last = source.lstrip('"').partition('"')[0], name.rpartition('.')[2]
+    known = import_module('drift_rae.commands.command').COMMANDS
+    use = f'The command is: drift_rae {last}' if last in known else f'Commands: {", ".join(known)}'
+    return f'{name}: {about}\nThis module is imported, not run. {use} (see drift_rae --help)'
+
+def _say_what_to_run():
+    "End `python -m` on a module of this package that has no command, with a message"
+    name = _to_run(sys.argv, sys.orig_argv)
+    message = _instead(name) if name else ''
+    if not message: return
+    asked = {'-h', '--help'} & set(sys.argv)
+    print(message, file=sys.stdout if asked else sys.stderr)
+    raise SystemExit(0 if asked else 2)
+
+_say_what_to_run()

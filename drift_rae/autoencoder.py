@@ -12,7 +12,7 @@ import json, math
 from pathlib import Path
 from .engine.parameters import ParameterError
 from .engine.files import fill, load_weights, save_weights, weights_path, write_json
-from .engine.streams import stream
+from .engine.streams import Resumable, stream
 from .engine.training import fit
 from .worlds.data import deform
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from drift_rae.networks.released import (
     COLLECTION, OFFICIAL_RAES, _in_source, _row, _shas, decoder_config, load_decoder,
     load_encoder, load_stats)
+from .networks.features import build_encoder
 from drift_rae.networks.vit import (
     DECODERS, ENCODERS, Encoder, IMAGENET_MEAN, IMAGENET_STD, RAEDecoder, make_encoder,
     sincos_positions)
@@ -156,7 +157,7 @@ def load_rae(
     name, folder = ('tiny', '') if str(name_or_path) == 'tiny' else ('x', name_or_path)
     file = Path(folder)/'config.json'
     about = json.loads(file.read_text()) if folder and file.is_file() else {}
-    parts, builders = {}, dict(encoder=lambda c: Encoder(**c), decoder=RAEDecoder, stats=None)
+    parts, builders = {}, dict(encoder=build_encoder, decoder=RAEDecoder, stats=None)
     for part, build in builders.items():
         if part == 'encoder' and about and part not in about: continue # saved without: can decode
         parts[part] = _read_part(part, weights_path(f'{name}/{part}', folder), about, build)
@@ -249,6 +250,7 @@ def train_encoder(
     named:float=1., # weight of the cross-entropy
     seed:int=0, # of the initialisation and of the views
     config:dict=None, # of the encoder; None: the miniature's
+    **options, # as in engine.training.train: checkpoints, resume, log
 )->tuple: # encoder (frozen), loss of each step
     "Train the miniature's representation encoder: SimCLR + named · cross-entropy"
     torch.manual_seed(seed) # timm initialises from the global stream
@@ -261,7 +263,7 @@ def train_encoder(
         contrast = contrastive_loss(*heads['project'](pooled).chunk(2))
         return contrast + named*F.cross_entropy(heads['classify'](pooled), labels[i].repeat(2))
     losses = fit(nn.ModuleList([encoder, heads]), loss, steps=steps, lr=(3e-3, 1e-4),
-                 weight_decay=.05, name='encoder')
+                 weight_decay=.05, name='encoder', state=dict(stream=Resumable(g)), **options)
     return encoder.eval().requires_grad_(False), losses
 
 # %% ../nbs/02_rae.ipynb #472ea868

@@ -9,7 +9,7 @@ __all__ = ['log_density', 'field', 'mean_distance', 'practical_field', 'compare_
 import math
 import torch
 from torch import Tensor
-from .engine.distances import distances
+from .metrics.distances import distances
 
 # %% ../nbs/01_diffusion_gan.ipynb #ca8be329
 def _check(x, tau, l, **samples):

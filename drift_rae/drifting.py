@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .engine.parameters import number
-from .engine.distances import distances, full_precision, squared_norm
+from .metrics.distances import distances, full_precision, squared_norm
 from drift_rae.parts.weights import (
     NoiseRows, Samples, check_samples, field_weights, laplace_noise, noise_generators,
     weighted_difference)

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Callable
 import torch
 from torch import Tensor
-from .engine.distances import distances
+from .metrics.distances import distances
 from .engine.streams import stream
 
 # %% ../nbs/00_theorem1.ipynb #8b1b4c12

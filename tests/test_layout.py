@@ -172,3 +172,17 @@ def test_comments_of_parameters_have_no_backticks(path):
     "nbdev would turn them into links that stand raw in the signature"
     found = [l for l in path.read_text().splitlines() if re.match(r'\s+\w+(:[^#]*)?(=[^#]*)?, *#.*`', l)]
     assert not found, found[:3]
+
+
+def test_the_list_of_moved_modules_is_right():
+    "Every new place in CHANGELOG.md exists, and holds the names that are said to stand there"
+    rows = [l for l in (ROOT/'CHANGELOG.md').read_text().splitlines() if l.startswith(('| `drift_rae.', '| `nbs/'))]
+    assert len(rows) > 50
+    for row in rows:
+        before, now = (re.findall('`([^`]+)`', half) for half in row.strip('| ').split(' | '))
+        for place in now:
+            if place.startswith('nbs/'): assert (ROOT/place).is_file(), row
+            else:
+                path = PACKAGE/(place.removeprefix('drift_rae.').replace('.', '/') + '.py')
+                assert path.is_file(), row
+                for name in before[1:]: assert re.search(rf'\b{name}\b', path.read_text()), (name, place)

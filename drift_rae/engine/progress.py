@@ -14,14 +14,15 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
+from .parameters import SMALL
 import torch
 
 # %% ../../nbs/engine/04_progress.ipynb #2459d092
 def limit_threads(
-    model:str='tiny', # preset name; only the miniature is limited
+    model:str='tiny', # preset name; only tiny and nano are limited
 ):
-    "One torch thread for the miniature, so that its results do not depend on the machine's cores"
-    if model == 'tiny': torch.set_num_threads(1)
+    "One torch thread for small models, so that their results do not depend on the cores"
+    if model in SMALL: torch.set_num_threads(1)
 
 @contextmanager
 def few_threads(

@@ -21,8 +21,9 @@ from ..engine.progress import Progress
 from ..engine.streams import stream
 from ..engine.files import write_json
 from ..worlds.data import digits
-from ..worlds.latents import (
-    DTYPES, begin_latents, describe_encoder, finish_latents, shard_record, write_shard)
+from drift_rae.worlds.latents import (
+    STORED, begin_latents, describe_encoder, finish_latents, record_bytes, shard_record,
+    write_shard)
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ffbaae35
 def center_crop(
@@ -95,6 +96,8 @@ class ClassFolder(ImageFolder):
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
 
+    def rgb(self, image): return image.convert('RGB') # a picture of any mode, before the crop
+
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
 def name(self:ClassFolder, i:int)->str: # below the root, with forward slashes
@@ -117,7 +120,7 @@ def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
     "Image `i`, cropped; `UnreadableImage` if it is damaged, `ParameterError` if the disk fails"
     path, name = self.samples[i][0], self.name(i)
     try:
-        with open(path, 'rb') as f: image = self.crop(Image.open(f).convert('RGB'), self.size)
+        with open(path, 'rb') as f: image = self.crop(self.rgb(Image.open(f)), self.size)
     except MemoryError: raise
     except Exception as e: # PIL has no common class for the many ways in which a picture is damaged
         if isinstance(e, OSError) and e.errno:
@@ -140,9 +143,8 @@ def describe(self:ClassFolder)->dict: # JSON-serialisable
     digest = hashlib.sha256()
     for i, label in enumerate(self.targets):
         digest.update(f'{label} {self.name(i)}\n'.encode(errors='surrogateescape'))
-    crop = getattr(self.crop, '__name__', str(self.crop))
     return dict(number=len(self), classes=len(self.classes), list=digest.hexdigest(),
-                size=self.size, crop=crop)
+                size=self.size, crop=getattr(self.crop, '__name__', str(self.crop)))
 
 # %% ../../nbs/imagenet/02_folders.ipynb #f3b80622
 def _framed(image, generator):
@@ -259,7 +261,7 @@ def _encode_shards(encode, folder, out, plan, shards, *, batch, workers, flip, s
 def _check_encoding(rank, world, batch, shard_images, **options):
     "Refuse options that have no meaning"
     known = dict(unreadable=('error', 'skip'), resume=RESUME, precision=('float32', 'bfloat16'),
-                 dtype=tuple(DTYPES))
+                 dtype=STORED)
     for name, value in options.items():
         if value not in known[name]:
             raise ParameterError(f"{name}={value!r}: accepted is {', '.join(known[name])}")
@@ -269,8 +271,7 @@ def _check_encoding(rank, world, batch, shard_images, **options):
 
 def _per_shard(shape, dtype, flip):
     "How many images fill a gibibyte"
-    size = np.dtype(DTYPES[dtype][0]).itemsize
-    return max(1, 2**30//(size*math.prod(shape)*(1 + flip)))
+    return max(1, 2**30//(record_bytes(dtype, shape)*(1 + flip)))
 
 # %% ../../nbs/imagenet/02_folders.ipynb #256f6dbc
 def _must_write(out, mine, plan, resume):
@@ -315,7 +316,7 @@ def encode_folder(
     autoencoder, # with encode and latent_shape: RAE, VAE
     folder:ClassFolder|str|Path, # the images
     out:str|Path, # folder of the store
-    dtype:str='bfloat16', # of the store: a key of latents.DTYPES
+    dtype:str='bfloat16', # of the store: one of latents.STORED
     shard_images:int=0, # images in a shard; 0 = as many as fill a gibibyte
     rank:int=0, # this process encodes shards rank, rank + world, ...
     world:int=1, # number of processes

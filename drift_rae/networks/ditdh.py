@@ -169,19 +169,24 @@ def _check(self:DiTDH, x, t, y):
 #               size  C    trunk, head   depth    heads    classes
 _SIZES = dict(
     tiny = (     4,   32, [  64,   96], [ 3, 1], [ 4,  4],   10),
+    nano = (     8,   32, [  64,   96], [ 3, 1], [ 4,  4],   10),
     s    = (    16,  768, [ 384, 2048], [12, 2], [ 6, 16], 1000),
     b    = (    16,  768, [ 768, 2048], [12, 2], [12, 16], 1000),
     l    = (    16,  768, [1024, 2048], [24, 2], [16, 16], 1000),
     xl   = (    16,  768, [1152, 2048], [28, 2], [16, 16], 1000))
 
 def preset(
-    name:str, # tiny, s, b, l or xl
+    name:str, # tiny, nano, s, b, l or xl
+    shape:tuple=None, # of the latents, (C, h, w); None: as in the table
+    num_classes:int=0, # 0: as in the table
 )->dict: # keywords for DiTDH
-    "The constructor keywords of DiT^DH in one of five sizes"
+    "The constructor keywords of DiT^DH in one of six sizes"
     if name not in _SIZES:
         raise ParameterError(f"unknown preset {name!r}: accepted is one of {', '.join(_SIZES)}")
     names = ('input_size', 'in_channels', 'hidden_size', 'depth', 'num_heads', 'num_classes')
-    return copy.deepcopy(dict(zip(names, _SIZES[name])))
+    config = copy.deepcopy(dict(zip(names, _SIZES[name])))
+    if shape: config.update(in_channels=shape[0], input_size=shape[1])
+    return {**config, 'num_classes': num_classes} if num_classes else config
 
 # %% ../../nbs/networks/05_ditdh.ipynb #32c77e9d
 @patch
@@ -191,4 +196,13 @@ def pad_swiglu(self:DiTDH,
     "Compute every SwiGLU at a padded hidden width: the same numbers, better aligned matrices"
     for m in self.modules():
         if isinstance(m, SwiGLU): m.multiple = multiple
+    return self
+
+# %% ../../nbs/networks/05_ditdh.ipynb #241cbb26
+@patch
+def compile_blocks(self:DiTDH,
+    **options, # of torch.compile, such as backend
+)->DiTDH: # the same network
+    "Compile every block, for any number of images"
+    for block in self.blocks: block.compile(**{'dynamic': True, **options})
     return self

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..engine.distances import squared_norm
+from ..metrics.distances import squared_norm
 
 # %% ../../nbs/parts/03b_weights.ipynb #7ea62cb9
 def _finite(x):

@@ -59,6 +59,11 @@ class Judge(nn.Module):
         "Class index [N], int64, of images [N, 3, 16, 16] in [0, 1]"
         return self(images).argmax(1)
 
+    def features_and_classes(self, images:Tensor)->tuple:
+        "What `features` and `predict` give, computed together"
+        pooled = self.pooled(images)
+        return pooled/self.scale, self.head(pooled).argmax(1)
+
 # %% ../../nbs/worlds/02b_judge.ipynb #34ffe3ae
 def train_judge(
     images:Tensor, # [N, 3, 16, 16] in [0, 1]
