@@ -222,7 +222,7 @@ def outcome(expression, folder):
         own = '/drift_rae/' in last or isinstance(e, ParameterError)
         word = 'clear' if own and isinstance(e, ValueError) else 'raw'
         if word == 'clear' and (not str(e).strip() or len(str(e)) > 1500): word = 'raw'
-        if word == 'clear' and ran: word = 'late'
+        if word == 'clear' and len(ran) > 1: word = 'late' # the first may have refused its input
         return word, f'{type(e).__name__}: {str(e)[:300]}'
     finally:
         hook.remove()
