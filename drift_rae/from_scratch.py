@@ -114,7 +114,7 @@ def maps(
         net = train_mae(space.store, **mae)
         return net.features, net.features
     if space.name == 'RAE': return through_images(rae)
-    def through(x): return rae.encode(space.rae.decode(x, clamp=False))
+    def through(x): return rae._encode(space.rae.decode(x, clamp=False))
     return through, through
 
 # %% ../nbs/09_from_scratch.ipynb #049e7973

@@ -15,7 +15,8 @@ import torch
 import drift_rae
 from fastcore.basics import patch
 from torch import nn
-from .parameters import ParameterError
+from .parameters import (
+    ParameterError, _no_constant as _constant, as_path, check_file, check_choice, read_json, shown)
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
@@ -83,14 +84,15 @@ def load_weights(
 )->tuple: # (name -> tensor, config)
     "Read what `save_weights` wrote; `ParameterError` if the file is missing or damaged"
     from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file():
-        raise ParameterError(f"no file {path}: expected weights in safetensors format")
+    path = check_file(path, 'weights in safetensors format')
     try:
         with safe_open(str(path), framework='pt') as f:
-            config = json.loads((f.metadata() or {}).get('config', '{}'))
-            return {k: f.get_tensor(k) for k in f.keys()}, config
-    except (SafetensorError, json.JSONDecodeError) as e:
+            config = json.loads((f.metadata() or {}).get('config', '{}'), parse_constant=_constant)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, ValueError, RecursionError, OSError) as e:
         raise ParameterError(f"{path} is not a whole safetensors file ({e})") from e
+    if isinstance(config, dict): return tensors, config
+    raise ParameterError(f'{path}: the configuration is {shown(config)}, not a dictionary')
 
 # %% ../../nbs/engine/03_files.ipynb #3da6dbea
 def weights_path(
@@ -126,6 +128,10 @@ def fill(
     if problem:
         raise ParameterError(f'{path} holds another architecture: '
                              f'of {len(wanted)} tensors, {problem}')
+    for k, v in state.items():
+        if wanted[k].is_floating_point() and not (v.is_floating_point() and v.isfinite().all()):
+            raise ParameterError(f'{path}: {k} is {str(v.dtype)[6:]} with NaN or infinity, or not '
+                                 'floating point; accepted are finite floating-point weights')
     def own(v): return v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True)
     model.load_state_dict({k: own(v) for k, v in state.items()}, strict=True, assign=True)
     return model.eval()

@@ -8,20 +8,23 @@ __all__ = ['GUIDED', 'UNGUIDED', 'OneStepGenerator', 'save_generator', 'load_gen
 
 # %% ../../nbs/parts/05a_generator.ipynb #3272a906
 from pathlib import Path
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..autoencoder import RAE
+from ..autoencoder import RAE, check_statistics
 from ..networks.vit import RAEDecoder
-from ..engine.parameters import ParameterError
-from ..engine.streams import image_noise
+from drift_rae.engine.parameters import (
+    ParameterError, check_choice, check_config, check_output, check_real, check_whole, number, shown,
+    several, as_path)
+from ..engine.streams import check_labels, check_seed, image_noise
 from ..engine.files import (
-    hash_weights, load_weights, save_weights, weights_path, write_json)
+    fill, hash_weights, load_weights, save_weights, weights_path, write_json)
 from ..flow import DiTDH, load_teacher, one_step
 from ..flow import sample as sample_flow # `sample` is a method here
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
-from ..metrics.images import GeneratedImages
+from ..metrics.images import QUANTISE, GeneratedImages
 from .extrapolation import guided_step, in_steps
 from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 
@@ -37,6 +40,8 @@ class OneStepGenerator(nn.Module):
         times:tuple=(1.,), # times of its steps, falling from 1
     ):
         super().__init__()
+        if not isinstance(model, DiTDH):
+            raise ParameterError(f'model={shown(model)}: accepted is a DiTDH')
         self.guide, self.guidance, self.times = guide, guidance, tuple(times)
         self.model, self.about = model.eval().requires_grad_(False), about or {}
         if not isinstance(autoencoder, (RAE, PatchedSDVAE)):
@@ -50,11 +55,13 @@ class OneStepGenerator(nn.Module):
 # %% ../../nbs/parts/05a_generator.ipynb #ff1b4030
 def _noise(labels, shape, seed):
     "Noise [N, C, h, w] for one seed, or for one seed per label"
-    if isinstance(seed, int): return image_noise(labels, shape, seed)
+    if not isinstance(seed, (list, tuple, range, Tensor, np.ndarray)) or np.ndim(seed) == 0:
+        return image_noise(labels, shape, check_seed(seed))
     if len(seed) != len(labels):
-        raise ValueError(f'{len(seed)} seeds for {len(labels)} labels: give one seed, or one for '
-                         'each label')
-    if not labels: return image_noise([], shape)
+        raise ParameterError(f'{len(seed)} seeds for {len(labels)} labels: give one seed, or one '
+                             'for each label')
+    seed = [check_seed(s) for s in seed]
+    if not len(labels): return image_noise([], shape)
     return torch.cat([image_noise([l], shape, int(s)) for l, s in zip(labels, seed)])
 
 # %% ../../nbs/parts/05a_generator.ipynb #d3fca7a6
@@ -94,10 +101,8 @@ def latents(self:OneStepGenerator,
     guide=None, # null, condition, a network or a generator; None: the recommended one
 )->Tensor: # [N, C, h, w]
     "Generated latents: `sample` without the decoder"
-    labels, classes = [int(l) for l in labels], self.model.num_classes
-    wrong = [l for l in labels if not 0 <= l < classes]
-    if wrong:
-        raise ValueError(f'label {wrong[0]}: this generator knows the classes 0 to {classes-1}')
+    labels = check_labels(labels, self.model.num_classes).tolist()
+    batch = check_whole(1, batch=batch)
     device = next(self.model.parameters()).device
     z, y = _noise(labels, self.noise_shape, seed), torch.tensor(labels, dtype=torch.int64)
     return torch.cat([self.generate(a.to(device), b.to(device), guidance, guide)
@@ -143,8 +148,8 @@ def _extensions(generator):
 def _guide_of(config, part):
     "The guide of a configuration"
     if config.get('guide') != 'network': return config.get('guide', 'null')
-    guide = DiTDH(**config['guide_model'])
-    guide.load_state_dict(part('guide.'))
+    with torch.device('meta'): guide = DiTDH(**config['guide_model'])
+    fill(guide, part('guide.'), 'guide')
     return guide.eval().requires_grad_(False)
 
 # %% ../../nbs/parts/05a_generator.ipynb #6522cd7f
@@ -153,6 +158,7 @@ def save_generator(
     folder:str|Path, # receives generator.safetensors and generator.json
 ):
     "Write weights (safetensors) and configuration (JSON)"
+    folder = check_output(folder, folder=True)
     m, (tensors, about) = generator.model, _kept(generator.autoencoder)
     tensors = {**{f'model.{k}': v for k, v in m.state_dict().items()}, **tensors}
     more, guide = _extensions(generator)
@@ -172,25 +178,35 @@ def _found(config, tensors, part):
                          about['image_size'])
         a.network.load_state_dict(part('network.'))
         return a
-    decoder = RAEDecoder(config['decoder'])
-    decoder.load_state_dict(part('decoder.'))
+    with torch.device('meta'): decoder = RAEDecoder(config['decoder'])
+    fill(decoder, part('decoder.'), 'decoder')
     mean, var = tensors.get('latent_mean'), tensors.get('latent_var')
-    return RAE(None, decoder, mean, var, config['eps'])
+    rae = RAE(None, decoder, mean, var, config['eps'])
+    check_statistics(rae, 'generator.safetensors')
+    return rae
 
 # %% ../../nbs/parts/05a_generator.ipynb #18ec5d8d
+_ENTRIES = {'model', 'decoder', 'eps', 'sdvae', 'about', 'guide', 'guide_model', 'guidance', 'times'}
+
 def load_generator(
     name_or_path:str|Path='tiny', # tiny (shipped), a folder, or a Hugging Face repository
     revision:str=None, # branch, tag or commit of a repository
 )->OneStepGenerator:
     "Read a one-step generator; a clear message if a file is missing, damaged or does not fit"
+    name_or_path = as_path(name_or_path, 'generator') if name_or_path != 'tiny' else 'tiny'
     if is_repository(name_or_path):
         name_or_path = fetch_file(str(name_or_path), 'generator.safetensors', revision).parent
     folder = '' if str(name_or_path) == 'tiny' else name_or_path
     tensors, config = load_weights(weights_path('tiny/generator', folder))
     def part(name): return {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
+    unknown = sorted(set(config) - _ENTRIES)
+    if unknown:
+        raise ParameterError(f'generator.safetensors of {str(name_or_path)!r}: unknown entry '
+                             f"{unknown[0]}; accepted are {', '.join(sorted(_ENTRIES))}")
     try:
-        model, autoencoder = DiTDH(**config['model']), _found(config, tensors, part)
-        model.load_state_dict(part('model.'))
+        with torch.device('meta'): model = DiTDH(**config['model'])
+        fill(model, part('model.'), 'model')
+        autoencoder = _found(config, tensors, part)
         guide = _guide_of(config, part)
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ParameterError(f'generator.safetensors of {str(name_or_path)!r} does not fit its '
@@ -321,6 +337,10 @@ def make_images(
     block:int=50, # images that are generated together
 )->GeneratedImages:
     "Class-balanced images of the student or of its teacher, on the same noises for both"
+    block, per_class = check_whole(1, block=block, per_class=per_class)
+    steps = check_whole(0, steps=steps)
+    check_choice(QUANTISE, quantise=quantise)
+    seed, guidance = check_seed(seed), check_real(guidance=guidance)
     device = f'cuda:{rank % torch.cuda.device_count()}' if torch.cuda.is_available() else 'cpu'
     made = _student_or_teacher(generator, steps, teacher, autoencoder, model, device)
     net, decoder = made.model, made.autoencoder
