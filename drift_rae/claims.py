@@ -206,7 +206,7 @@ def claims_table(
 ): # a Markdown table
     "The table of claims, each with a link to its place"
     def bars(text): return text.replace('|', '∣') # a cell has no vertical bar of its own
-    rows = [[f'[{f.where}]({f.link})', bars(f.claim), bars(f.paper), bars(f.here), f'**{f.word}**',
+    rows = [[f'[{f.where}]({f.link})', bars(f.claim), f'**{f.word}**', bars(f.paper), bars(f.here),
         bars(f.reads)] for f in found]
-    header = ['where', 'claim', 'paper', 'here [95 %]', 'verdict', 'reads']
+    header = ['where', 'claim', 'verdict', 'paper', 'here [95 %]', 'reads']
     return markdown_table(header, rows, caption)

@@ -21,6 +21,7 @@ from .engine.files import fill, load_weights, save_weights, weights_path
 from .engine.parameters import MODELS, ParameterError
 from .engine.training import linear_decay, train
 from .engine.streams import stream
+from .worlds.latents import StepDraws
 from .engine import launch, sharding
 from .networks.ditdh import DiTDH, preset
 from .networks.released import OFFICIAL_TEACHERS, official_teacher
@@ -136,16 +137,17 @@ class FlowConfig:
     at_once:int=0 # latents of a batch that a process computes together; 0 = all
     precision:str='float32' # of the forward pass, or bfloat16; the weights are float32
     train_fixed:bool=False # positions and time frequencies learn too
+    readers:int=0 # threads that read the next batches; 0: read in the step, from a single stream
 
     @classmethod
     def preset(cls, name:str):
         "Tiny: the miniature's training; nano: shorter; s, b, l, xl: that of ImageNet"
         if name == 'tiny': return cls()
-        if name == 'nano': return cls(steps=2400)
+        if name == 'nano': return cls(steps=6000)
         if name not in MODELS: raise ParameterError(
             f"unknown preset {name!r}: accepted is one of {', '.join(MODELS)}")
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),
-                   shift=None, train_fixed=True)
+                   shift=None, train_fixed=True, precision='bfloat16', readers=8)
 
 # %% ../nbs/05_flow.ipynb #a05f0002
 def hold_linear(
@@ -250,17 +252,23 @@ def train_teacher(
     mine = len(launch.share(flow.batch, 'latents of a batch', equal=True))
     with torch.random.fork_rng(devices=[device] if str(device).startswith('cuda') else []):
         model, average = _new_teacher(config, flow, seed, device)
+        draws = flow.readers and StepDraws(draw, mine, steps, seed, flow.readers)
         def step_fn(step, network):
-            x, y = (a.to(device) for a in draw(mine, randomness.generator))
-            loss = flow_gradient(network, x, y, flow, model.shift, randomness.generator)
-            return launch.all_mean(dict(loss=loss))
+            batch = draws.batch(step) if draws else draw(mine, randomness.generator)
+            x, y = (a.to(device, non_blocking=True) for a in batch)
+            g = draws.generator(step, device) if draws else randomness.generator
+            loss = flow_gradient(network, x, y, flow, model.shift, g)
+            waited = dict(seconds_waiting=draws.waited) if draws else {}
+            return dict(launch.all_mean(dict(loss=loss)), **waited)
         def rate(step): return hold_linear(step, steps, flow.hold, *flow.lr)
         def report(step, row): return callback(step, row, average)
-        rows = train(
+        try: rows = train(
             model, step_fn, steps=steps, lr=rate, betas=flow.betas,
             weight_decay=flow.weight_decay, clip=flow.clip, average=average, decay=flow.ema,
             state=dict(randomness=randomness), name='teacher', callback=callback and report,
             **options)
+        finally:
+            if draws and draws.ahead: draws.ahead.close()
     return average, [r['loss'] for r in rows]
 
 # %% ../nbs/05_flow.ipynb #fdbb1c73

@@ -14,6 +14,13 @@ def _is_switch(action):
     "Whether an option needs no value: a bool, or an int whose comment begins with '1:'"
     return action.nargs == 0 or action.type is int and (action.help or '').startswith('1:')
 
+def _as_word(parser, action):
+    "Make an option a word in a fixed place that may be left out"
+    for name in action.option_strings: parser._option_string_actions.pop(name)
+    action.option_strings, action.nargs = [], '?'
+    parser._optionals._group_actions.remove(action)
+    parser._positionals._group_actions.append(action)
+
 def make_parser(
     function:Callable, # with documented parameters
     prog:str, # what the command is called
@@ -22,6 +29,8 @@ def make_parser(
     from fastcore.script import anno_parser
     parser = anno_parser(function, prog)
     parser.allow_abbrev = False
+    first = next((a for a in parser._actions if a.dest != 'help'), None)
+    if first and first.option_strings and first.default == '': _as_word(parser, first)
     for action in parser._actions:
         action.help = (action.help or '').replace(' (default: )', '')
         if action.nargs is None and _is_switch(action):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['atomic', 'remove_temporaries', 'write_json', 'save_weights', 'load_weights', 'weights_path', 'fill', 'hash_weights',
-           'project_path', 'versions', 'differences', 'lock_folder', 'RunFolder', 'sha256_of']
+           'project_path', 'versions', 'differences', 'lock_folder', 'RunFolder', 'sha256_of', 'why_not_longer']
 
 # %% ../../nbs/engine/03_files.ipynb #af80cd45
-import errno, hashlib, json, os, secrets, shutil, sys, time
+import errno, hashlib, json, os, re, secrets, shutil, sys, time
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -232,6 +232,15 @@ def _damaged(self:RunFolder, about):
     return [n for n, p in files.items() if not p.is_file() or sha256_of(p) != about['files'][n]]
 
 # %% ../../nbs/engine/03_files.ipynb #497774ce
+def why_not_longer(
+    differ:list, # of differences, between the run in a folder and this one
+)->str: # in brackets; empty if the steps are not all that differs, or fewer than before
+    "Why a run cannot be continued with more steps"
+    longer = re.fullmatch(r'.*steps was (\d+) and is (\d+)', differ[0]) if len(differ) == 1 else None
+    if not longer or int(longer[1]) >= int(longer[2]): return ''
+    return (' (the learning rate falls over all steps, so a run of more steps is another run; '
+            'one with a constant rate would continue)')
+
 @patch
 def done(self:RunFolder)->dict|None: # identity, files, metrics; None if the run is not finished
     "What a finished run of this identity has left; `ParameterError` if another run is finished"
@@ -243,8 +252,8 @@ def done(self:RunFolder)->dict|None: # identity, files, metrics; None if the run
     differ = differences(about.get('identity'), self.identity)
     if differ:
         if self.grown(about.get('identity')): return None
-        raise ParameterError(f"{self.folder} holds another run, finished: {', '.join(differ[:3])}; "
-                             'choose another output folder, or resume=never to start over')
+        raise ParameterError(f"{self.folder} holds another run, finished: {', '.join(differ[:3])}"
+                             f'{why_not_longer(differ)}; choose another output folder, or resume=never to start over')
     damaged = self._damaged(about)
     if not damaged: return about
     print(f"{self.folder}: {', '.join(damaged)} of the finished run is missing or damaged "

@@ -20,7 +20,7 @@ from .checkpoints import Checkpoints, collect_state, restore_state
 from .files import atomic
 from .parameters import ParameterError
 from .progress import Progress, read_log
-from .sharding import clip_grad_norm, wrap
+from .sharding import clip_grad_norm, worth_a_line, wrap
 _all_ = ['Checkpoints', 'read_log']
 
 # %% ../../nbs/engine/10_training.ipynb #75d7336d
@@ -271,11 +271,12 @@ def _finish(self:_Run, step, stop, reason, caught):
 def _reporter(run, start, shown):
     "Returns (report, close): report(row) adds to the table and the progress line"
     name = f'{run.name} from {start}:' if start else run.name
-    progress = Progress(run.steps - start, name)
+    steps = run.steps - start
+    progress = Progress(steps, name)
     table = Log(run.log, run.rows) if run.log and launch.is_main() else None
     def report(row):
         if table: table(row)
-        if launch.is_main():
+        if launch.is_main() and worth_a_line(row['step'] - start, steps):
             progress(row['step'] - start, **(shown(row) if shown else dict(loss=row['loss'])))
     return report, table.close if table else lambda: None
 

@@ -21,8 +21,9 @@ from ..engine.progress import Progress
 from ..engine.streams import stream
 from ..engine.files import write_json
 from ..worlds.data import digits
-from ..worlds.latents import (
-    DTYPES, begin_latents, describe_encoder, finish_latents, shard_record, write_shard)
+from drift_rae.worlds.latents import (
+    STORED, begin_latents, describe_encoder, finish_latents, record_bytes, shard_record,
+    write_shard)
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ffbaae35
 def center_crop(
@@ -260,7 +261,7 @@ def _encode_shards(encode, folder, out, plan, shards, *, batch, workers, flip, s
 def _check_encoding(rank, world, batch, shard_images, **options):
     "Refuse options that have no meaning"
     known = dict(unreadable=('error', 'skip'), resume=RESUME, precision=('float32', 'bfloat16'),
-                 dtype=tuple(DTYPES))
+                 dtype=STORED)
     for name, value in options.items():
         if value not in known[name]:
             raise ParameterError(f"{name}={value!r}: accepted is {', '.join(known[name])}")
@@ -270,8 +271,7 @@ def _check_encoding(rank, world, batch, shard_images, **options):
 
 def _per_shard(shape, dtype, flip):
     "How many images fill a gibibyte"
-    size = np.dtype(DTYPES[dtype][0]).itemsize
-    return max(1, 2**30//(size*math.prod(shape)*(1 + flip)))
+    return max(1, 2**30//(record_bytes(dtype, shape)*(1 + flip)))
 
 # %% ../../nbs/imagenet/02_folders.ipynb #256f6dbc
 def _must_write(out, mine, plan, resume):
@@ -316,7 +316,7 @@ def encode_folder(
     autoencoder, # with encode and latent_shape: RAE, VAE
     folder:ClassFolder|str|Path, # the images
     out:str|Path, # folder of the store
-    dtype:str='bfloat16', # of the store: a key of latents.DTYPES
+    dtype:str='bfloat16', # of the store: one of latents.STORED
     shard_images:int=0, # images in a shard; 0 = as many as fill a gibibyte
     rank:int=0, # this process encodes shards rank, rank + world, ...
     world:int=1, # number of processes

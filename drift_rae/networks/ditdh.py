@@ -169,7 +169,7 @@ def _check(self:DiTDH, x, t, y):
 #               size  C    trunk, head   depth    heads    classes
 _SIZES = dict(
     tiny = (     4,   32, [  64,   96], [ 3, 1], [ 4,  4],   10),
-    nano = (     8,   32, [  64,   96], [ 3, 1], [ 4,  4],   10),
+    nano = (     4,   64, [  64,   96], [ 3, 1], [ 4,  4],   10),
     s    = (    16,  768, [ 384, 2048], [12, 2], [ 6, 16], 1000),
     b    = (    16,  768, [ 768, 2048], [12, 2], [12, 16], 1000),
     l    = (    16,  768, [1024, 2048], [24, 2], [16, 16], 1000),
@@ -196,4 +196,13 @@ def pad_swiglu(self:DiTDH,
     "Compute every SwiGLU at a padded hidden width: the same numbers, better aligned matrices"
     for m in self.modules():
         if isinstance(m, SwiGLU): m.multiple = multiple
+    return self
+
+# %% ../../nbs/networks/05_ditdh.ipynb #241cbb26
+@patch
+def compile_blocks(self:DiTDH,
+    **options, # of torch.compile, such as backend
+)->DiTDH: # the same network
+    "Compile every block, for any number of images"
+    for block in self.blocks: block.compile(**{'dynamic': True, **options})
     return self

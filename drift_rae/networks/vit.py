@@ -9,7 +9,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ENCODERS', 'DECODERS', 'Encoder', '
 # %% ../../nbs/networks/01_vit.ipynb #10252472
 import math
 from ..engine.parameters import ParameterError
-import timm, torch
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 # %% ../../nbs/networks/01_vit.ipynb #08468ab1
 def _transformer(arch, norm_eps, **options):
     "A vision transformer of timm without head, whose last LayerNorm has no affine parameters"
+    import timm # a generator needs no encoder, and timm takes seconds
     if not timm.models.is_model_in_modules(arch, ['vision_transformer']):
         raise ParameterError(
             f"encoder architecture {arch!r}: accepted is a plain vision transformer of "

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['sample_sheet', 'distill']
 
-# %% ../../nbs/own/06_distill.ipynb #69d5d373
+# %% ../../nbs/own/06_distill.ipynb #385196a8
 from pathlib import Path
 import torch
 from ..distill import OneStepGenerator, start
+from ..engine.command import run_command
 from ..engine.files import atomic
 from ..engine.parameters import MODELS, RESUME, check_parameters, number, text
 from .encode import autoencoder_of
 from ..worlds.data import show_images
 
-# %% ../../nbs/own/06_distill.ipynb #f4af3ee3
+# %% ../../nbs/own/06_distill.ipynb #eaf336b6
 def sample_sheet(
     generator:OneStepGenerator, # of own pictures
     path:str|Path, # the .png file
@@ -28,11 +29,11 @@ def sample_sheet(
     names = generator.about.get('class_names') or [f'class {c}' for c in range(classes)]
     images = generator.sample([c for c in range(classes) for _ in range(each)], seed=seed)
     rows = [x.cpu() for x in images.float().split(each)]
-    figure = show_images(rows, names[:classes], scale=.55)
+    figure = show_images(rows, names[:classes], scale=.55, ink=False)
     with atomic(path) as f: figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
     plt.close(figure)
 
-# %% ../../nbs/own/06_distill.ipynb #0c839b99
+# %% ../../nbs/own/06_distill.ipynb #a4812333
 def distill(
     latents:str, # folder written by encode
     teacher:str='runs/own/teacher', # folder or file written by teach
@@ -61,6 +62,4 @@ def distill(
     print(f'generator: {out}; pictures: {Path(out)/"samples.png"}', flush=True)
     return str(out)
 
-if __name__ == '__main__' and '__file__' in globals():
-    from fastcore.script import call_parse
-    call_parse(distill)
+if __name__ == '__main__' and '__file__' in globals(): run_command(distill)

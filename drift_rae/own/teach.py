@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['least_images', 'run_operations', 'measured_rate', 'size_table', 'flow_processes', 'teach']
 
-# %% ../../nbs/own/05_teach.ipynb #3788cbc5
+# %% ../../nbs/own/05_teach.ipynb #c472cc28
 import time
 from pathlib import Path
 import torch
+from ..engine.command import run_command
 from ..engine.figures import markdown_table
 from ..engine.parameters import MODELS, RESUME, SMALL, check_parameters, number, text
 from ..flow import DiTDH, FlowConfig, preset
@@ -75,7 +76,7 @@ def size_table(
     return markdown_table(['size', 'weights', 'pictures, at least', 'two cores', 'one GPU',
                            'eight GPUs'], rows, 'Teacher and distillation, by size')
 
-# %% ../../nbs/own/05_teach.ipynb #a5e9a327
+# %% ../../nbs/own/05_teach.ipynb #f3a1ac51
 def flow_processes(
     model:str, # a size
     batch:int, # latents of an update
@@ -112,6 +113,4 @@ def teach(
                monitor_every=max(1, steps//4), samples=60 if model in SMALL else 0)
     return str(Path(out)/'teacher.safetensors')
 
-if __name__ == '__main__' and '__file__' in globals():
-    from fastcore.script import call_parse
-    call_parse(teach)
+if __name__ == '__main__' and '__file__' in globals(): run_command(teach)

@@ -21,7 +21,8 @@ from ..flow import sample as sample_flow # `sample` is a method here
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from ..metrics.images import GeneratedImages
-from .onnx import export_onnx as write_onnx # `export_onnx` is a method here
+from .extrapolation import guided_step, in_steps
+from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 
 # %% ../../nbs/parts/05a_generator.ipynb #4f3edbf5
 class OneStepGenerator(nn.Module):
@@ -30,8 +31,12 @@ class OneStepGenerator(nn.Module):
         model:nn.Module, # the distilled flow model
         autoencoder:nn.Module, # RAE or PatchedSDVAE; its decode is used
         about:dict=None, # provenance, JSON-serialisable
+        guide='null', # the weak side that its guidance is meant for: null, condition, a network
+        guidance:float=0., # recommended strength w; 0: none
+        times:tuple=(1.,), # times of its steps, falling from 1
     ):
         super().__init__()
+        self.guide, self.guidance, self.times = guide, guidance, tuple(times)
         self.model, self.about = model.eval().requires_grad_(False), about or {}
         if not isinstance(autoencoder, (RAE, PatchedSDVAE)):
             raise ParameterError('a generator holds an RAE or SD-VAE in patches, not a '
@@ -51,6 +56,32 @@ def _noise(labels, shape, seed):
     if not labels: return image_noise([], shape)
     return torch.cat([image_noise([l], shape, int(s)) for l, s in zip(labels, seed)])
 
+# %% ../../nbs/parts/05a_generator.ipynb #d3fca7a6
+@patch(as_prop=True)
+def noise_shape(self:OneStepGenerator)->tuple:
+    "Shape of the noise of one image: (C, h, w), with several steps (L, C, h, w)"
+    shape = tuple(self.autoencoder.latent_shape)
+    return shape if len(self.times) == 1 else (len(self.times), *shape)
+
+# %% ../../nbs/parts/05a_generator.ipynb #da507a50
+@patch
+def generate(self:OneStepGenerator,
+    z:Tensor, # noise [N, *noise_shape]
+    labels:Tensor, # int64 [N]
+    guidance:float=0., # w of guided_step; 0: none, None: the recommended one
+    guide=None, # null, condition, a network or a generator; None: the recommended one
+)->Tensor: # latents [N, C, h, w]
+    "Latents of given noises"
+    if guidance is None: guidance = self.guidance
+    if guide is None: guide = self.guide
+    if len(self.times) == 1 and not guidance: return one_step(self.model, z, labels)
+    if len(self.times) == 1:
+        return guided_step(self.model, z, labels, guidance, getattr(guide, 'model', guide))
+    if guidance:
+        raise ParameterError(f'guidance={guidance}: this generator takes {len(self.times)} steps; '
+                             'accepted is 0')
+    return in_steps(self.model, z, labels, self.times)
+
 # %% ../../nbs/parts/05a_generator.ipynb #bb11f76e
 @patch
 @torch.no_grad()
@@ -58,6 +89,8 @@ def latents(self:OneStepGenerator,
     labels, # N class indices: a sequence or an int64 tensor
     seed=0, # one int for all, or one per image
     batch:int=256, # images at a time
+    guidance:float=0., # w of guided_step; 0: none, None: the recommended one
+    guide=None, # null, condition, a network or a generator; None: the recommended one
 )->Tensor: # [N, C, h, w]
     "Generated latents: `sample` without the decoder"
     labels, classes = [int(l) for l in labels], self.model.num_classes
@@ -65,9 +98,8 @@ def latents(self:OneStepGenerator,
     if wrong:
         raise ValueError(f'label {wrong[0]}: this generator knows the classes 0 to {classes-1}')
     device = next(self.model.parameters()).device
-    z = _noise(labels, self.autoencoder.latent_shape, seed)
-    y = torch.tensor(labels, dtype=torch.int64)
-    return torch.cat([one_step(self.model, a.to(device), b.to(device))
+    z, y = _noise(labels, self.noise_shape, seed), torch.tensor(labels, dtype=torch.int64)
+    return torch.cat([self.generate(a.to(device), b.to(device), guidance, guide)
                       for a, b in zip(z.split(batch), y.split(batch))])
 
 # %% ../../nbs/parts/05a_generator.ipynb #6aea5bbc
@@ -77,9 +109,11 @@ def sample(self:OneStepGenerator,
     labels, # N class indices: a sequence or an int64 tensor
     seed=0, # one int for all, or one per image
     batch:int=256, # images at a time
+    guidance:float=0., # w of S + w (S - weak side); 0: none, None: the recommended one
+    guide=None, # null, condition, a network or a generator; None: the recommended one
 )->Tensor: # images float32 [N, 3, H, W] in [0, 1]
     "Images of these classes; the same label, seed and occurrence give the same image"
-    z = self.latents(labels, seed, batch)
+    z = self.latents(labels, seed, batch, guidance, guide)
     return torch.cat([self.autoencoder.decode(part) for part in z.split(batch)])
 
 # %% ../../nbs/parts/05a_generator.ipynb #2e05c91a
@@ -95,6 +129,23 @@ def _kept(a):
     tensors.update({k: v for k, v in stats.items() if v is not None})
     return tensors, dict(decoder=a.decoder.config, eps=a.eps)
 
+# %% ../../nbs/parts/05a_generator.ipynb #a8877283
+def _extensions(generator):
+    "Configuration and tensors of guidance and of several steps; empty for neither"
+    more, guide = {}, generator.guide
+    if len(generator.times) > 1: more['times'] = list(generator.times)
+    if generator.guidance: more['guidance'] = generator.guidance
+    if isinstance(guide, str): return more if guide == 'null' else dict(more, guide=guide), {}
+    return dict(more, guide='network', guide_model=guide.config), guide.state_dict()
+
+# %% ../../nbs/parts/05a_generator.ipynb #31860b9b
+def _guide_of(config, part):
+    "The guide of a configuration"
+    if config.get('guide') != 'network': return config.get('guide', 'null')
+    guide = DiTDH(**config['guide_model'])
+    guide.load_state_dict(part('guide.'))
+    return guide.eval().requires_grad_(False)
+
 # %% ../../nbs/parts/05a_generator.ipynb #6522cd7f
 def save_generator(
     generator:OneStepGenerator, # to be written
@@ -103,7 +154,9 @@ def save_generator(
     "Write weights (safetensors) and configuration (JSON)"
     m, (tensors, about) = generator.model, _kept(generator.autoencoder)
     tensors = {**{f'model.{k}': v for k, v in m.state_dict().items()}, **tensors}
-    config = dict(model=m.config, **about, about=generator.about)
+    more, guide = _extensions(generator)
+    tensors.update({f'guide.{k}': v for k, v in guide.items()})
+    config = dict(model=m.config, **about, **more, about=generator.about)
     save_weights(Path(folder)/'generator.safetensors', tensors, config)
     write_json(Path(folder)/'generator.json', config)
 
@@ -137,10 +190,12 @@ def load_generator(
     try:
         model, autoencoder = DiTDH(**config['model']), _found(config, tensors, part)
         model.load_state_dict(part('model.'))
+        guide = _guide_of(config, part)
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ParameterError(f'generator.safetensors of {str(name_or_path)!r} does not fit its '
                              f'configuration: {e}') from e
-    return OneStepGenerator(model, autoencoder, config['about'])
+    return OneStepGenerator(model, autoencoder, config['about'], guide,
+                            config.get('guidance', 0.), config.get('times', (1.,)))
 
 OneStepGenerator.from_pretrained = staticmethod(load_generator)
 
@@ -153,17 +208,31 @@ def export_onnx(self:OneStepGenerator,
 
     Inputs: `noise`, float32 [batch, C, h, w], standard normal; `label`, int64 [batch]. Output:
     `images`, float32 [batch, 3, H, W] in [0, 1], those of PyTorch up to 1e-5. The batch is free.
-    Errors and weights beyond 1.9 GB: see `drift_rae.parts.onnx.export_onnx`."""
+    Errors and weights beyond 1.9 GB: see `drift_rae.sharing.onnx.export_onnx`."""
+    if len(self.times) > 1:
+        raise ParameterError(f'a generator of {len(self.times)} steps cannot be exported: '
+                             'accepted is a generator of one step')
     return write_onnx(self.model, self.autoencoder, path)
 
 # %% ../../nbs/parts/05a_generator.ipynb #df9162ab
 def _student_or_teacher(generator, steps, teacher, autoencoder, model, device):
-    "Network and decoder"
-    if steps == 0:
-        student = OneStepGenerator.from_pretrained(generator).to(device)
-        return student.model, student.autoencoder
+    "A generator; the teacher is one as well"
+    if steps == 0: return OneStepGenerator.from_pretrained(generator).to(device)
     rae = RAE.from_pretrained(autoencoder or 'tiny').to(device)
-    return load_teacher(teacher or 'tiny', model, device), rae
+    return OneStepGenerator(load_teacher(teacher or 'tiny', model, device), rae)
+
+# %% ../../nbs/parts/05a_generator.ipynb #f3d80ce6
+def _named_guide(guide, device):
+    "A weak side by name; None: the recommended one"
+    if guide in ('', 'null', 'condition'): return guide or None
+    return OneStepGenerator.from_pretrained(guide).to(device).model
+
+def _weak_about(made, w, weak):
+    "Provenance of a guided set; empty without guidance"
+    if not w: return {}
+    weak = made.guide if weak is None else weak
+    name = weak if isinstance(weak, str) else hash_weights(weak.state_dict())
+    return dict(extrapolation=w, guide=name, nfe=1 if name == 'condition' else 2)
 
 # %% ../../nbs/parts/05a_generator.ipynb #a729103f
 def make_images(
@@ -175,6 +244,8 @@ def make_images(
     autoencoder:str|Path='', # the teacher's autoencoder; empty: the miniature's
     model:str='tiny', # size of the teacher
     guidance:float=1., # of the teacher; 1: none
+    extrapolation:float=0., # of the student: w of guided_step; 0: none, -1: the recommended one
+    guide:str='', # of the student: null, condition, a generator's folder; empty: the recommended
     per_class:int=200, # images of each class
     seed:int=0, # of the noises
     quantise:str='round', # see to_uint8
@@ -182,14 +253,18 @@ def make_images(
 )->GeneratedImages:
     "Class-balanced images of the student or of its teacher, on the same noises for both"
     device = f'cuda:{rank % torch.cuda.device_count()}' if torch.cuda.is_available() else 'cpu'
-    net, decoder = _student_or_teacher(generator, steps, teacher, autoencoder, model, device)
+    made = _student_or_teacher(generator, steps, teacher, autoencoder, model, device)
+    net, decoder = made.model, made.autoencoder
+    w = made.guidance if extrapolation == -1 else extrapolation
+    weak = _named_guide(guide, device) if w else None
     def generate(z, y):
         z, y = z.to(device), y.to(device)
         if steps > 1: x = sample_flow(net, z, y, steps=steps, guidance=guidance)
-        else: x = one_step(net, z, y)
+        else: x = made.generate(z, y, w, weak)
         return decoder.decode(x).float()
     about = dict(network='teacher' if steps else 'student', weights=hash_weights(net.state_dict()),
                  decoder=hash_weights(getattr(decoder, 'decoder', decoder).state_dict()),
-                 nfe=max(1, steps-1), guidance=guidance)
-    return GeneratedImages(generate, decoder.latent_shape, net.num_classes, per_class, seed,
+                 nfe=max(len(made.times), steps-1), guidance=guidance)
+    about.update(_weak_about(made, w, weak))
+    return GeneratedImages(generate, made.noise_shape, net.num_classes, per_class, seed,
                            quantise, block, about)

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'DistillConfig', 'per_class', 'config_for', 'fit_counts', 'changed', 'resolve', 'check_world',
-           'share_out']
+           'share_out', 'step_strengths']
 
 # %% ../../nbs/parts/05b_recipe.ipynb #db71922c
 import ast, json
 from dataclasses import asdict, dataclass, field, fields, replace
+import torch
 from fastcore.basics import patch
 from ..engine.parameters import MODELS, RESUME, ParameterError, number, text
+from ..engine.streams import stream
 from ..drifting import DriftConfig
 
 # %% ../../nbs/parts/05b_recipe.ipynb #0facae7e
-_LEAST = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, steps=1, at_once=1, micro_batch=0,
-              checkpoint_every=1, keep=1, monitor_every=0)
+_LEAST = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, n_uncond=0, steps=1, at_once=1,
+              micro_batch=0, checkpoint_every=1, keep=1, monitor_every=0, monitor_samples=1,
+              readers=1, pad_swiglu=1)
 _ACCEPTED = dict(precision=('float32', 'bfloat16'), sharding=('ddp', 'fsdp'),
                  recompute=(False, True), compiled=(False, True), decode_encode=(False, True))
 
@@ -56,6 +59,23 @@ def _check_optimiser(c):
     if not isinstance(c.clip, (int, float)) or not c.clip > 0:
         raise ParameterError(f'clip={c.clip!r}: accepted is a number above 0')
 
+# %% ../../nbs/parts/05b_recipe.ipynb #62576d9f
+def _check_extensions(c):
+    "Label dropout, guidance inside drifting, several steps"
+    object.__setattr__(c, 'times', tuple(c.times) if isinstance(c.times, (tuple, list)) else ())
+    if not 0 <= c.label_dropout*c.n_class <= 1:
+        raise ParameterError(f'label_dropout={c.label_dropout}: accepted is a number from 0 to '
+                             f'{1/c.n_class:g}, one group of the {c.n_class} of a step')
+    if not 1 <= c.strength <= 4 or (c.strength > 1) != (c.n_uncond > 0):
+        raise ParameterError(f'strength={c.strength} with n_uncond={c.n_uncond}: accepted is a '
+                             'strength from 1 to 4, above 1 only together with n_uncond above 0')
+    if not c.times or c.times[0] != 1 or sorted({*c.times, 0.})[::-1] != [*c.times, 0.]:
+        raise ParameterError(f'times={c.times}: accepted are numbers that fall from 1. and stay '
+                             'above 0, such as (1.,.5)')
+    if len(c.times) > 1 and c.n_uncond:
+        raise ParameterError('times and n_uncond: several steps cannot be trained with guidance, '
+                             'because both are told to the network by its time')
+
 # %% ../../nbs/parts/05b_recipe.ipynb #5daa832d
 @dataclass(frozen=True)
 class DistillConfig:
@@ -72,22 +92,32 @@ class DistillConfig:
     ema:tuple=(.9995, 1000) # decay of the moving average, and its warm-up in steps
     precision:str='bfloat16' # of generator and autoencoder in training; weights, field: float32
     decode_encode:bool=False # Table 9: the field sees latents that were decoded and encoded again
+    # beyond the paper
+    label_dropout:float=0. # share of groups without class: the null label, real samples of all
+    strength:float=1. # guidance inside drifting: the largest strength, drawn per class; 1: none
+    n_uncond:int=0 # real samples of all classes, additional negatives of a guided class
+    times:tuple=(1.,) # times of the student's steps, falling from 1
     # how it is computed
     at_once:int=1 # classes that are computed together; more is faster and needs more memory
     micro_batch:int=0 # samples in the network at the same time; 0: those of at_once classes
     recompute:bool=False # recompute activations in the backward pass: less memory, more time
     compiled:bool=False # torch.compile the generator
+    pad_swiglu:int=1 # the perceptrons' hidden width is computed at a multiple of this
+    readers:int=1 # threads that read the latents of the next classes
     sharding:str='ddp' # several processes: ddp (each holds the whole model) or fsdp (a part)
     checkpoint_every:int=500 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
     monitor_every:int=500 # steps between sheets of samples and quick distances; 0: none
+    monitor_samples:int=2000 # samples of such a distance
 
     def __post_init__(self):
-        for check in (_check_counts, _check_words, _check_optimiser): check(self)
+        for check in (_check_counts, _check_words, _check_optimiser, _check_extensions):
+            check(self)
 
 # %% ../../nbs/parts/05b_recipe.ipynb #11121021
 RECIPE = ('drift', 'n_class', 'n_pos', 'n_neg', 'n_extra_neg', 'steps', 'lr', 'betas', 'clip',
           'ema', 'precision')
+_OFF = dict(decode_encode=False, label_dropout=0., strength=1., n_uncond=0, times=[1.])
 
 # %% ../../nbs/parts/05b_recipe.ipynb #6181de55
 @patch
@@ -99,8 +129,14 @@ def to_dict(self:DistillConfig)->dict: # numbers, strings, lists and dictionarie
 @patch
 def recipe(self:DistillConfig)->dict: # a part of `to_dict`
     "The fields on which the result depends"
-    kept = {k: v for k, v in self.to_dict().items() if k in RECIPE}
-    return {**kept, 'decode_encode': True} if self.decode_encode else kept
+    return {k: v for k, v in self.to_dict().items()
+            if k in RECIPE or v != _OFF.get(k, v)}
+
+# %% ../../nbs/parts/05b_recipe.ipynb #b83aab4f
+@patch
+def generator_options(self:DistillConfig)->dict: # keywords of OneStepGenerator
+    "What the generator has to know of its training: its steps, and whether it has a condition"
+    return dict(times=self.times, guide='condition' if self.n_uncond else 'null')
 
 # %% ../../nbs/parts/05b_recipe.ipynb #7321d6c3
 def per_class(
@@ -114,11 +150,11 @@ _SCALES = dict( # one row per scale
     tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,
                     lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32',
                     checkpoint_every=100, monitor_every=100),
-    nano     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=2, steps=400,
+    nano     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,
                     lr=(2.5e-4, 2.5e-6), ema=(.99, 100), precision='float32',
-                    checkpoint_every=50, monitor_every=100),
+                    checkpoint_every=100, monitor_every=200),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000,
-                    lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16'),
+                    lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16', readers=8),
 )
 
 # %% ../../nbs/parts/05b_recipe.ipynb #e7e8128c
@@ -235,3 +271,17 @@ def share_out(
     if world <= len(labels): return labels[rank::world], 0, 1
     parts = world//len(labels)
     return [labels[rank//parts]], rank % parts, parts
+
+# %% ../../nbs/parts/05b_recipe.ipynb #268c4aa2
+def step_strengths(
+    labels:list, # classes
+    config:DistillConfig, # the recipe
+    seed:int, # the run's seed
+    step:int, # current step
+    null:int, # the group without a class, which is not guided
+)->dict: # class -> strength alpha from 1; None without guidance inside drifting
+    "Guidance strengths of a step, each class from its own stream"
+    if not config.n_uncond: return None
+    low = 1 - config.strength**-2
+    u = {l: torch.rand((), generator=stream(seed, 'strength', step, l)).item() for l in labels}
+    return {l: 1. if l == null else (1 - low*u[l])**-.5 for l in labels}

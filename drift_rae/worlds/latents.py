@@ -4,29 +4,31 @@
 
 # %% auto #0
 __all__ = ['LatentStore', 'sort_by_class', 'save_latents', 'describe_encoder', 'read_manifest', 'open_latents', 'prefetch',
-           'latent_store', 'class_names', 'describe_store', 'DTYPES', 'Shards', 'begin_latents', 'finish_latents',
-           'from_file', 'shard_record', 'to_file', 'write_shard']
+           'StepDraws', 'latent_store', 'class_names', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards',
+           'begin_latents', 'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #1e50e158
-import hashlib, inspect, json, math, shutil, warnings
+import hashlib, inspect, json, math, shutil, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Callable
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..autoencoder import RAE
+from ..engine import launch
 from ..engine.parameters import ParameterError
 from ..engine.files import hash_weights
 from ..engine.streams import stream
 from .data import training_digits
 from .shards import (
-    DTYPES, Shards, begin_latents, check_dtype, contradictions, digest_json, finish_latents,
-    from_file, shard_record, to_file, write_shard)
-_all_ = ['DTYPES', 'Shards', 'begin_latents', 'finish_latents', 'from_file',
-    'shard_record', 'to_file', 'write_shard']
+    DTYPES, STORED, Shards, begin_latents, check_dtype, contradictions, digest_json,
+    finish_latents, from_file, record_bytes, shard_record, to_file, write_shard)
+_all_ = ['DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents', 'finish_latents', 
+    'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #ea198bba
 class LatentStore:
@@ -124,7 +126,7 @@ def save_latents(
     store:LatentStore, # to be written
     folder:str|Path, # receives shards and manifest.json; an older store is replaced
     made_by:dict, # provenance: encoder, statistics, data set
-    dtype:str='float16', # of the files, see DTYPES
+    dtype:str='float16', # of the files, see STORED
     shard_bytes:int=2**30, # size of a shard, about
 ):
     "Write a latent store as a folder; the manifest comes last, so that a folder with one is whole"
@@ -133,7 +135,7 @@ def save_latents(
         raise ParameterError(f'latents {str(folder)!r}: a store cannot be written over itself')
     check_dtype(dtype)
     _remove_store(folder)
-    each = max(1, shard_bytes//(np.dtype(DTYPES[dtype][0]).itemsize*math.prod(store.latent_shape)))
+    each = max(1, shard_bytes//record_bytes(dtype, store.latent_shape))
     shards = -(-len(store)//each)
     plan = begin_latents(folder, shards, store.latent_shape, store.num_classes, dtype, made_by)
     labels = np.repeat(np.arange(store.num_classes), store.counts)
@@ -207,7 +209,8 @@ def read_manifest(
             raise ParameterError(f'latents {str(folder)!r}: '
                 'manifest.json was altered after it was written')
         if 'shards' not in manifest: manifest['shards'] = _one_file(folder, manifest)
-        manifest['shape'], manifest['counts'], DTYPES[manifest['dtype']] # all must be there
+        check_dtype(manifest['dtype'])
+        manifest['shape'], manifest['counts'] # must be there
     except ParameterError: raise
     except (OSError, ValueError, KeyError, TypeError) as e:
         what = f'{type(e).__name__} {e}'
@@ -261,18 +264,52 @@ def prefetch(
     steps, # iterable of what prepare takes
     ahead:int=1, # how many are prepared while the caller computes; each is held in memory
     pin:bool=None, # into page-locked memory, for faster copies; None = if there is a GPU
+    readers:int=1, # threads; each prepares another step
 ): # iterator over prepare(step), in order
-    "Prepare the next steps' samples in one thread; its errors are raised in their place"
+    "Prepare the next steps' samples in threads; their errors are raised in their place"
     pin = torch.cuda.is_available() if pin is None else pin
     def work(step): return _pinned(prepare(step)) if pin else prepare(step)
-    pool, steps = ThreadPoolExecutor(1, thread_name_prefix='prefetch'), iter(steps)
+    pool, steps = ThreadPoolExecutor(readers, thread_name_prefix='prefetch'), iter(steps)
     try:
-        waiting = deque(pool.submit(work, s) for s in islice(steps, ahead + 1))
+        waiting = deque(pool.submit(work, s) for s in islice(steps, ahead + readers))
         while waiting:
             samples = waiting.popleft().result()
             yield samples
             waiting.extend(pool.submit(work, s) for s in islice(steps, 1))
     finally: pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/worlds/02d_latents.ipynb #252c1ab4
+class StepDraws:
+    "Batches and random numbers named by the step, for this process; batches are read ahead"
+    def __init__(self,
+        draw:Callable, # (n, generator) -> latents and labels
+        n:int, # latents of a batch that are this process's
+        steps:int, # of the run
+        seed:int, # of the run
+        readers:int, # threads
+    ):
+        self.draw, self.n, self.steps, self.seed, self.readers = draw, n, steps, seed, readers
+        self.ahead, self.waited = None, 0.
+
+    def stream(self, what:str, step:int)->torch.Generator: # on the CPU
+        "This process's stream of a step"
+        return stream(self.seed, what, step, launch.rank())
+
+    def batch(self, step:int)->tuple: # latents, labels
+        "The batch of a step; steps are asked for in order"
+        begin = time.perf_counter()
+        if self.ahead is None:
+            def prepare(s): return self.draw(self.n, self.stream('teacher batch', s))
+            self.ahead = prefetch(prepare, range(step, self.steps), readers=self.readers)
+        x, y = next(self.ahead)
+        self.waited = launch.all_max(time.perf_counter() - begin)
+        return x, y
+
+    def generator(self, step:int, device)->torch.Generator: # on the device
+        "The source of the times and the noise of a step"
+        g = self.stream('teacher noise', step)
+        if torch.device(device).type == 'cpu': return g
+        return torch.Generator(device).manual_seed(g.initial_seed())
 
 # %% ../../nbs/worlds/02d_latents.ipynb #3e6846c6
 def _encode_digits(autoencoder):
