@@ -24,11 +24,12 @@ from .encoders import (
 from .pictures import Pictures, check_pictures, dataset_folder, read_pictures
 from ..worlds.latents import _remove_store, read_manifest
 
-# %% ../../nbs/own/04_encode.ipynb #09d8be97
+# %% ../../nbs/own/04_encode.ipynb #f66c09c2
 ENCODE_RULES = dict(
     images=text, encoder=text, out=text, size=number(int, 0), layers=text,
     channels=number(int, 0), patch=number(int, 0), weights=text, networks=text,
-    encoder_steps=number(int, 0), decoder_steps=number(int, 0), flip=(False, True), dataset=text, root=text, workers=number(int, 0), seed=number(int, 0),
+    encoder_steps=number(int, 0), decoder_steps=number(int, 0), flip=(False, True),
+    dataset=text, root=text, workers=number(int, 0), seed=number(int, 0),
     resume=RESUME)
 
 def _check_bool(options):

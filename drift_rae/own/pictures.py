@@ -41,7 +41,7 @@ def to_rgb(
         return below
     return image.convert('RGB')
 
-# %% ../../nbs/own/02_pictures.ipynb #a8f96589
+# %% ../../nbs/own/02_pictures.ipynb #e4c8ca76
 ENDINGS = (*IMG_EXTENSIONS, '.gif', '.jfif', '.jpe', '.avif', '.jp2', '.tga', '.ico')
 
 class Pictures(ClassFolder):
@@ -52,7 +52,9 @@ class Pictures(ClassFolder):
         "torchvision's list of (path, label), with more endings"
         return make_dataset(str(directory), class_to_idx, ENDINGS, allow_empty=allow_empty)
 
-    def rgb(self, image): return to_rgb(image)
+    def rgb(self, image):
+        "A picture of any mode as three colour channels, see `to_rgb`"
+        return to_rgb(image)
 
     def describe(self)->dict: # JSON-serialisable
         "What a store's manifest says of these pictures, with the names of the classes"

@@ -71,7 +71,7 @@ def _results(out, folder, workers=0, seed=0):
     write_json(file, plain)
     return plain
 
-# %% ../../nbs/own/07_run.ipynb #1cef7be2
+# %% ../../nbs/own/07_run.ipynb #adfdf60a
 def run(
     images:IMAGES='', # folder with one folder of pictures for each class
     out:str='runs/own', # output folder
@@ -103,7 +103,8 @@ def run(
     latents, teacher = str(out/'latents'), str(out/'teacher')
     print('1 of 4: encode', flush=True)
     made = encode(images, encoder, latents, size, layers, channels, patch, weights,
-                  networks, encoder_steps, decoder_steps, flip, dataset, root, workers, seed, resume)
+                  networks, encoder_steps, decoder_steps, flip, dataset, root, workers, seed,
+                  resume)
     print('2 of 4: teach', flush=True)
     teach(latents, teacher, model, teach_steps, nproc=nproc, seed=seed, resume=resume)
     print('3 of 4: distill', flush=True)
