@@ -29,6 +29,7 @@ from drift_rae.networks.vit import (
     sincos_positions)
 from .engine.hub import hub_folder, is_repository
 from .networks.sdvae import open_sdvae
+from .sharing.pictures import to_images
 from fastcore.basics import patch
 _all_ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ENCODERS', 'DECODERS', 'Encoder', 'RAEDecoder',
     'make_encoder', 'sincos_positions', 'fill']
@@ -54,6 +55,11 @@ class RAE(nn.Module):
         "Shape of one latent"
         return self.decoder.config['latent_dim'], self.decoder.side, self.decoder.side
 
+    @property
+    def image_size(self)->int: # pixels
+        "Height and width of the images that `decode` makes and `encode` accepts"
+        return self.decoder.config['image_size']
+
 # %% ../nbs/02_rae.ipynb #377ad650
 @patch
 def normalise(self:RAE, tokens:Tensor)->Tensor: # tokens [N, C, h, w] -> latents [N, C, h, w]
@@ -74,12 +80,18 @@ def _encode(self:RAE, images):
     return self.normalise(self.encoder(images))
 
 @patch
-def encode(self:RAE, images:Tensor)->Tensor: # images [N, 3, H, W] in [0, 1] -> latents [N, C, h, w]
-    "Latents of square float images in [0, 1], of mean 0 and variance 1 over the training set"
-    images = check_images(images, square=True)
+def encode(self:RAE,
+    images, # [N, 3, H, W] in [0, 1]; or uint8, arrays, PIL images, lists of them: see to_images
+    crop:bool=False, # cut the largest square from pictures of another size; else they are refused
+)->Tensor: # latents [N, C, h, w]
+    "Latents of mean 0 and variance 1 over the training set; `ParameterError` says what is wrong"
     if self.encoder is None:
         raise ParameterError('encode: this autoencoder has no encoder; accepted is a whole one')
-    return self._encode(images.float() if images.dtype == torch.float64 else images)
+    images = to_images(images, self.image_size, crop)
+    weight = next(self.decoder.parameters())
+    if images.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        images = images.to(weight.dtype)
+    return self._encode(images.to(weight.device))
 
 # %% ../nbs/02_rae.ipynb #8e9b22ca
 @patch
@@ -185,9 +197,12 @@ def check_statistics(
 def load_rae(
     name_or_path:str|Path='tiny', # tiny (shipped), a folder of save_rae, or as for open_rae
     revision:str=None, # of a Hugging Face repository; None: its newest
+    device=None, # where it computes; None: the CPU
+    dtype:torch.dtype=None, # of the weights; None: float32
     **options, # for load_official: name, encoder, decoder
 )->RAE: # in evaluation mode
     "Read an autoencoder; a clear message if a file is missing, damaged or does not fit"
+    if device or dtype: return load_rae(name_or_path, revision, **options).to(device, dtype)
     if not _is_ours(name_or_path, options): return open_rae(name_or_path, revision, **options)
     name, folder = ('tiny', '') if str(name_or_path) == 'tiny' else ('x', name_or_path)
     file = Path(folder)/'config.json'

@@ -35,7 +35,7 @@ def measure_images(folder):
     from drift_rae.evaluate import evaluate_images, load_extractor, load_reference
     from drift_rae.imagenet.folders import ClassFolder
     from drift_rae.metrics.images import FolderImages, TensorImages
-    from drift_rae.parts.generator import make_images
+    from drift_rae.sharing.sets import make_images
     inception = load_extractor('inception', 'random')
     pictures = ClassFolder(f'{folder}/pictures', 256)
     real = TensorImages(torch.stack([pictures.pixels(i) for i in range(len(pictures))]))

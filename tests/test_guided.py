@@ -6,7 +6,8 @@ from drift_rae.distill import start
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import image_noise
 from drift_rae.flow import load_teacher, one_step
-from drift_rae.parts.generator import OneStepGenerator, make_images
+from drift_rae.parts.generator import OneStepGenerator
+from drift_rae.sharing.sets import make_images
 from drift_rae.parts.step import config_for, step_labels
 from drift_rae.parts.extrapolation import in_steps, strength_time
 

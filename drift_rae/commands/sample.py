@@ -14,7 +14,7 @@ from ..engine.files import load_weights, weights_path
 from ..engine.parameters import ParameterError
 from ..engine.streams import stream
 from ..metrics.images import GeneratedImages, Images, write_npz, write_png
-from ..parts.generator import make_images
+from ..sharing.sets import make_images
 
 # %% ../../nbs/commands/04_sample.ipynb #4ed5c31d
 def class_names(

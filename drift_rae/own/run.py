@@ -21,7 +21,7 @@ from .distill import distill
 from .encode import IMAGES, _source, autoencoder_of, default_size, encode
 from .pictures import Pictures, read_pictures
 from .teach import teach
-from ..parts.generator import make_images
+from ..sharing.sets import make_images
 
 # %% ../../nbs/own/07_run.ipynb #38986c55
 def encoder_features(

@@ -15,7 +15,8 @@ from ..engine.sharding import fast_products
 from ..engine.streams import stream
 from ..flow import one_step, sample
 from ..parts.comparison import GENERATORS, compare_mean_tokens
-from ..parts.generator import load_generator, load_guide
+from ..parts.generator import load_generator
+from ..sharing.sets import load_guide
 from ..parts.ingredients import load_parts
 
 # %% ../../nbs/worlds/05i_evaluation.ipynb #0d1fb05f
