@@ -58,7 +58,7 @@ class RAE(nn.Module):
     @property
     def image_size(self)->int: # pixels
         "Height and width of the images that `decode` makes and `encode` accepts"
-        return self.decoder.config['image_size']
+        return self.decoder.side*self.decoder.config['decoder_patch_size']
 
 # %% ../nbs/02_rae.ipynb #377ad650
 @patch

@@ -125,7 +125,6 @@ def write_grid(
     least:int=64, # pixels of an image's side; smaller images are enlarged by a whole number
 ):
     "Write images as one picture, without margins"
-    from PIL import Image
     times = max(1, -(-least//images.shape[-1]))
     x = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=1.) # white at the end

@@ -12,6 +12,7 @@ from torch import nn
 from ..autoencoder import RAE
 from ..engine.parameters import ParameterError, check_choice, check_real, check_whole
 from ..engine.files import hash_weights
+from ..engine.streams import check_seed
 from ..flow import load_teacher
 from ..flow import sample as sample_flow
 from ..metrics.images import QUANTISE, GeneratedImages
