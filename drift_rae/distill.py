@@ -19,7 +19,8 @@ from .engine.files import RunFolder, hash_weights, lock_folder, versions
 from .parts.generator import OneStepGenerator, load_generator, save_generator
 from .parts.ingredients import (
     RELEASED, check_store, fit_to_store, load_parts, unless_refused, writable)
-from .worlds.latents import class_names, describe_store
+from .worlds.latents import describe_store
+from .worlds.shards import class_names
 from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (

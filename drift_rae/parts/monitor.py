@@ -17,7 +17,7 @@ from ..engine.files import atomic, write_json
 from ..engine.streams import stream
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
-from ..worlds.latents import class_names
+from ..worlds.shards import class_names
 from ..engine import launch
 
 # %% ../../nbs/parts/05d_monitor.ipynb #9c6e933c

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LatentStore', 'sort_by_class', 'save_latents', 'describe_encoder', 'read_manifest', 'open_latents', 'prefetch',
-           'StepDraws', 'latent_store', 'class_names', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards',
-           'begin_latents', 'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
+           'StepDraws', 'latent_store', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents',
+           'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #1e50e158
 import hashlib, inspect, json, math, shutil, time, warnings
@@ -335,13 +335,6 @@ def latent_store(
     return _encode_digits(autoencoder or RAE.from_pretrained('tiny'))
 
 # %% ../../nbs/worlds/02d_latents.ipynb #69921cd4
-def class_names(
-    store, # LatentStore, or anything
-)->list: # one str for each class; empty: the store does not say
-    "Names of the classes, from the manifest of a store that was made of a user's own folders"
-    images = ((getattr(store, 'manifest', None) or {}).get('made_by') or {}).get('images') or {}
-    return list(images.get('class_names', []))
-
 def describe_store(
     store, # LatentStore, or anything with latent_shape and counts
 )->str: # 16 hexadecimal digits
