@@ -116,10 +116,6 @@ class LaunchError(RuntimeError):
 
 class Interrupted(LaunchError):
     "The run was ended by a signal, or by its callback; the message says what was saved"
-    @property
-    def exit_code(self)->int:
-        "Of a command that ends with it: 130 after a signal, 1 after a callback's reason"
-        return 130 if re.search('by SIG|another process was', str(self)) else 1
 
 # %% ../../nbs/engine/07_launch.ipynb #94220401
 def _environment():
@@ -267,7 +263,7 @@ _first = True # whether the last launch had rank 0 on this machine
 
 def _config(folder, nproc, nnodes, rdzv):
     "Settings: c10d, spawn, no restarts, rank 0 on the console and the others' output in files"
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
     global _launches
     _launches += 1
@@ -285,10 +281,8 @@ def _config(folder, nproc, nnodes, rdzv):
 def _spawn(work, nproc, nnodes, rdzv):
     "Run packed work in new processes; returns the value of this machine's first rank"
     global _first
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.launcher.api import ChildFailedError, SignalException, elastic_launch
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           _keep_handlers(), silence_launcher(), _end_children(), outlive_parent()):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
@@ -340,9 +334,8 @@ def launch(
     world = _environment()
     if world and not rdzv:
         _enter(world, nproc, nnodes)
-        if world == 1: return fn(*args, **kwargs)
         from torch.distributed.elastic.multiprocessing.errors import record
-        return record(fn)(*args, **kwargs)
+        return fn(*args, **kwargs) if world == 1 else record(fn)(*args, **kwargs)
     nproc = _processes(nproc, nnodes, rdzv)
     if nproc*nnodes == 1: return fn(*args, **kwargs)
     return _spawn(_pack(fn, args, kwargs), nproc, nnodes, rdzv)

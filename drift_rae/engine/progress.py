@@ -7,8 +7,8 @@ __all__ = ['PATIENCE', 'SILENT', 'limit_threads', 'few_threads', 'spread', 'Prog
            'outlive_parent', 'Pulse', 'watch_machines', 'silence_launcher', 'catch_signals']
 
 # %% ../../nbs/engine/04_progress.ipynb #f004a2d2
-import csv, ctypes, json, logging, math, multiprocessing, os, platform, re, signal, sys
-import threading, time
+import csv, ctypes, json, logging, math, multiprocessing, os, platform, re, signal, subprocess
+import sys, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -48,30 +48,76 @@ def spread(
     with ProcessPoolExecutor(processes, mp_context=get_context('spawn')) as pool:
         return list(pool.map(function, range(processes)))
 
+# %% ../../nbs/engine/04_progress.ipynb #2c7a1ba2
+def _parent_command():
+    "The command line of the program that started this notebook's kernel; empty without a kernel"
+    pid = os.environ.get('JPY_PARENT_PID', '')
+    if not pid.isdigit(): return ''
+    try: return Path(f'/proc/{pid}/cmdline').read_bytes().replace(b'\0', b' ').decode()
+    except OSError: pass
+    try: return subprocess.run(['ps', '-o', 'args=', '-p', pid], capture_output=True,
+                               text=True).stdout
+    except OSError: return ''
+
+def _reader(stream, command):
+    "Who reads the progress on a stream: 'bar' for a person, 'papermill', or 'lines' for a file"
+    if 'papermill' in command: return 'lines' if '--log-output' in command else 'papermill'
+    if re.search(r'jupyter[-_ ]?(lab|notebook|server|hub)|vscode|colab', command): return 'bar'
+    return 'bar' if getattr(stream, 'isatty', bool)() else 'lines'
+
+# %% ../../nbs/engine/04_progress.ipynb #89135728
+def _tell_papermill(line):
+    "Write a line to papermill's standard error stream, over its bar; nothing if that is impossible"
+    # what the children of a kernel print, ipykernel passes on by itself
+    if not type(sys.stderr).__module__.startswith('ipykernel'): return
+    try: os.write(sys.stderr.fileno(), f'\r{line:99}\n'.encode())
+    except (OSError, ValueError): pass
+
+def _line(head, figures, tail, width=100):
+    "One line of at most that many characters; figures that do not fit are left out"
+    shown = [f'{k} {v:.4g}' for k, v in figures.items()]
+    while shown and len('  '.join([head, *shown, tail])) > width: shown.pop()
+    return '  '.join([head, *shown, tail])[:width]
+
 # %% ../../nbs/engine/04_progress.ipynb #0ed76db7
 class Progress:
-    "Print one line per `every` seconds, always for the first and the last step"
+    """Show how far a loop is.
+
+    A bar at a terminal and in an open notebook; else one line per `every` seconds, always for
+    the first and the last step."""
     def __init__(self,
         total:int, # number of steps
         name:str='step', # what a step is called
         every:float=10., # seconds between two lines
         out=None, # file to print to; None = standard output
     ):
-        self.total, self.name, self.every, self.out = total, name, every, out
+        self.total, self.name, self.every, self.out, self.bar = total, name, every, out, None
         self.start, self.last = time.perf_counter(), -math.inf
+        self.reader = _reader(out or sys.stdout, _parent_command() if out is None else '')
 
     def __call__(self,
         step:int, # the step that is done, from 0
         **figures:float, # name -> number, printed with four digits
     ):
         "Report a step: its number, the figures, seconds spent and seconds left"
+        if self.reader == 'bar': return self._draw(step, figures)
         now = time.perf_counter()
         if step not in (0, self.total-1) and now - self.last < self.every: return
         self.last, spent = now, now - self.start
         left = spent/(step+1)*(self.total-step-1)
-        shown = '  '.join(f'{k} {v:.4g}' for k, v in figures.items())
-        print(f'{self.name} {step+1}/{self.total}  {shown}  {spent:.0f} s, {left:.0f} s left',
-              file=self.out or sys.stdout, flush=True)
+        line = _line(f'{self.name} {step+1}/{self.total}', figures,
+                     f'{spent:.0f} s, {left:.0f} s left')
+        print(line, file=self.out or sys.stdout, flush=True)
+        if self.reader == 'papermill': _tell_papermill(line)
+
+    def _draw(self, step, figures):
+        "Move the bar to this step"
+        if self.bar is None:
+            from tqdm.auto import tqdm
+            self.bar = tqdm(total=self.total, desc=self.name, file=self.out, dynamic_ncols=True)
+        self.bar.set_postfix({k: f'{v:.4g}' for k, v in figures.items()}, refresh=False)
+        self.bar.update(step + 1 - self.bar.n)
+        if step + 1 == self.total: self.bar.close()
 
 # %% ../../nbs/engine/04_progress.ipynb #c7d95e6e
 def _number(x):
