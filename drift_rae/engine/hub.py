@@ -10,7 +10,7 @@ import hashlib, os, pickle, re, zipfile
 from pathlib import Path
 import torch
 from torch import Tensor
-from .parameters import ParameterError
+from .parameters import ParameterError, check_file, shown
 
 # %% ../../nbs/engine/05_hub.ipynb #c2e1ca31
 def check_sha256(
@@ -19,7 +19,7 @@ def check_sha256(
 ):
     "`ParameterError` if the file's SHA-256 is another"
     if not sha256: return
-    with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(check_file(path, 'a file with this sha256'), 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
     if found == sha256.lower(): return
     raise ParameterError(f"{path} is not the file that was expected: "
                          f"its sha256 is {found}, expected {sha256}")
@@ -65,6 +65,11 @@ def fetch_file(
 )->Path: # the file on this machine
     "Fetch one file, or take it from the cache; `ParameterError` says why if that is impossible"
     import huggingface_hub # its network client takes half a second
+    parts = Path(str(path)).parts
+    if not is_repository('hf:' + str(repo).removeprefix('hf:')) or not parts or '..' in parts or \
+            Path(str(path)).is_absolute():
+        raise ParameterError(f'{shown(repo)}, {shown(path)}: accepted are a repository owner/name '
+                             'and the path of a file inside it')
     offline, repo = _offline(), str(repo).removeprefix('hf:')
     try:
         found = Path(huggingface_hub.hf_hub_download(
@@ -111,8 +116,7 @@ def hub_folder(
 # %% ../../nbs/engine/05_hub.ipynb #e88fe37f
 def _load_checkpoint(path):
     "The content of a PyTorch checkpoint, memory-mapped if possible; `ParameterError` if damaged"
-    if not Path(path).is_file():
-        raise ParameterError(f'no file {path}: expected a PyTorch checkpoint')
+    path = check_file(path, 'a PyTorch checkpoint')
     mapped = zipfile.is_zipfile(path)
     damaged = RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)

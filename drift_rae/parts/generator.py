@@ -191,9 +191,9 @@ def save_images(self:OneStepGenerator,
     labels = _numbers(self, range(self.model.num_classes) if labels is None else labels)
     n = n or len(labels)
     images = _seeds([labels[i % len(labels)] for i in range(n)], seed) if labels else []
-    device = next(self.model.parameters()).device
+    device, batch = next(self.model.parameters()).device, check_whole(1, batch=batch)
     line = Progress(-(-n//batch), 'batch') if progress else None
-    for k, i in enumerate(range(0, n, check_whole(1, batch=batch))):
+    for k, i in enumerate(range(0, n, batch)):
         part = images[i:i+batch]
         if not all(numbered(folder, i+j, n).is_file() for j in range(len(part))):
             z, y = _noise(part, self.noise_shape), torch.tensor([l for l, *_ in part])

@@ -10,7 +10,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from ..autoencoder import RAE
-from ..engine.parameters import ParameterError
+from ..engine.parameters import MODELS, ParameterError, check_choice
 from ..engine.files import write_json
 from ..flow import load_teacher
 from ..engine.hub import is_repository
@@ -66,6 +66,7 @@ def load_parts(
     store=None, # a latent store that is already there
 )->tuple: # latent store, autoencoder, teacher
     "The three ingredients; a clear message (`ParameterError`) if they are missing or do not fit"
+    check_choice(MODELS, model=model)
     given = _chosen(model, dict(teacher=teacher, latents=latents, autoencoder=autoencoder))
     _check_paths(given)
     rae = RAE.from_pretrained(given['autoencoder'])
