@@ -22,7 +22,7 @@ MODULES = ['autoencoder', 'diffusion_gan', 'distill', 'drifting', 'evaluate', 'f
            'engine.streams', 'engine.training', 'imagenet.critics', 'imagenet.folders', 'imagenet.stage1', 'imagenet.stage2',
            'metrics.extractors', 'metrics.features', 'metrics.frechet', 'metrics.images', 'metrics.neighbours',
            'metrics.verdicts', 'networks.ditdh', 'networks.released', 'networks.sdvae', 'networks.vit', 'networks.cost',
-           'parts.generator', 'parts.ingredients', 'parts.monitor', 'parts.onnx', 'parts.paths', 'parts.recipe', 'parts.step',
+           'parts.generator', 'parts.ingredients', 'parts.monitor', 'sharing.onnx', 'parts.paths', 'parts.recipe', 'parts.step',
            'parts.weights', 'worlds.data', 'worlds.judge', 'worlds.latents', 'worlds.measure', 'worlds.shards', 'worlds.vae',
            'parts.bench', 'imagenet.stage1_data', 'parts.workers']
 

@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..engine.parameters import ParameterError
+from ..engine.parameters import check_choice, check_positive, check_whole
 
 # %% ../../nbs/parts/02e_paths.ipynb #2fb9dce3
 def flow_path(
@@ -57,13 +57,14 @@ def sample_time(
     generator:torch.Generator=None, # source of randomness
 )->Tensor: # float32 [n] in [0, shifted T_MAX]
     "Times of a training batch: truncated to [0, 0.999], then shifted"
+    n, _ = check_whole(0, n=n), check_positive(shift=shift)
+    check_choice(('logit-normal', 'uniform'), time=time)
     device = generator.device if generator else 'cpu'
     u = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
     if time == 'uniform': t = T_MAX*u
-    elif time == 'logit-normal':
+    else:
         below = torch.special.ndtr(u.new_tensor(T_MAX).logit()) # probability of t < T_MAX
         t = torch.special.ndtri(u*below).sigmoid()
-    else: raise ParameterError(f"time={time!r}: accepted is one of logit-normal, uniform")
     return time_shift(t, shift).float()
 
 # %% ../../nbs/parts/02e_paths.ipynb #0b5e19f6
@@ -99,6 +100,7 @@ def time_grid(
     shift:float=1., # time shift
 )->Tensor: # float32, falling, [steps], or [1, 0] for one step
     "The official sampling times: 1 - linspace(0, 0.999, steps), shifted"
+    steps, _ = check_whole(1, steps=steps), check_positive(shift=shift)
     if steps == 1: return torch.tensor([1., 0.])
     return time_shift(1 - torch.linspace(0, T_MAX, steps), shift)
 
