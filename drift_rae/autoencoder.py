@@ -8,10 +8,10 @@ __all__ = ['RAE_FILES', 'RAE', 'latent_statistics', 'save_rae', 'check_statistic
            'DECODERS', 'Encoder', 'RAEDecoder', 'make_encoder', 'sincos_positions', 'fill']
 
 # %% ../nbs/02_rae.ipynb #187c4029
-import json, math
+import json, math, os
 from pathlib import Path
 from .engine.parameters import (
-    ParameterError, check_config, check_file, check_images, check_real, check_tensor, check_whole,
+    ParameterError, as_path, check_config, check_images, check_real, check_tensor, check_whole,
     check_output, number, read_json, shown)
 from .engine.files import fill, load_weights, save_weights, weights_path, write_json
 from .engine.streams import Resumable, check_labels, check_seed, stream
@@ -49,12 +49,10 @@ class RAE(nn.Module):
         self.decoder, self.eps = decoder, eps
         self.register_buffer('latent_mean', mean)
         self.register_buffer('latent_var', var)
-
     @property
     def latent_shape(self)->tuple: # (C, h, w)
         "Shape of one latent"
         return self.decoder.config['latent_dim'], self.decoder.side, self.decoder.side
-
     @property
     def image_size(self)->int: # pixels
         "Height and width of the images that `decode` makes and `encode` accepts"
@@ -66,7 +64,6 @@ def normalise(self:RAE, tokens:Tensor)->Tensor: # tokens [N, C, h, w] -> latents
     "Encoder output to latents of mean 0 and variance 1 over the training set"
     if self.latent_mean is not None: tokens = tokens - self.latent_mean
     return tokens if self.latent_var is None else tokens/(self.latent_var + self.eps).sqrt()
-
 @patch
 def denormalise(self:RAE, latents:Tensor)->Tensor: # latents [N, C, h, w] -> tokens [N, C, h, w]
     "The inverse of `normalise`"
@@ -78,7 +75,6 @@ def denormalise(self:RAE, latents:Tensor)->Tensor: # latents [N, C, h, w] -> tok
 def _encode(self:RAE, images):
     "`encode` without a check, for images that a decoder has made"
     return self.normalise(self.encoder(images))
-
 @patch
 def encode(self:RAE,
     images, # [N, 3, H, W] in [0, 1]; or uint8, arrays, PIL images, lists of them: see to_images
@@ -101,7 +97,8 @@ def decode(self:RAE,
 )->Tensor: # images float [N, 3, H, W], in [0, 1] if clamped
     "Images of latents"
     c, h, w = self.latent_shape
-    latents = check_tensor(latents, f'N {c} {h} {w}', 'latents')
+    latents = check_tensor(latents, f'N {c} {h} {w}', 'latents', finite=not latents.requires_grad
+                           if isinstance(latents, Tensor) else False)
     if latents.dtype == torch.float64: latents = latents.to(self.decoder.mean.dtype)
     patches = self.decoder(self.denormalise(latents)) # [N, h*w, p*p*3]
     images = self.decoder.unpatchify(patches)*self.decoder.std + self.decoder.mean
@@ -143,7 +140,6 @@ def save_rae(
     for name, (tensors, config) in parts.items():
         save_weights(Path(folder)/f'{name}.safetensors', tensors, config)
     write_json(Path(folder)/'config.json', {name: config for name, (_, config) in parts.items()})
-
 RAE.save_pretrained = save_rae
 
 # %% ../nbs/02_rae.ipynb #b7d1c0e4
@@ -175,8 +171,9 @@ def _read_part(part, path, about, build):
 # %% ../nbs/02_rae.ipynb #7b22f589
 def _is_ours(name_or_path, options):
     "Whether a name is the miniature's or that of a folder with our files"
-    if str(name_or_path) == 'tiny': return True
-    return not options and all((Path(name_or_path)/f).is_file() for f in RAE_FILES[1:])
+    if str(as_path(name_or_path, 'autoencoder')) == 'tiny': return True
+    files = [os.path.join(name_or_path, f) for f in RAE_FILES[1:]]
+    return not options and all(map(os.path.isfile, files))
 
 # %% ../nbs/02_rae.ipynb #0fdc66e9
 def check_statistics(
@@ -213,10 +210,9 @@ def load_rae(
         parts[part] = _read_part(part, weights_path(f'{name}/{part}', folder), about, build)
     stats, config = parts['stats']
     rae = RAE(parts.get('encoder'), parts['decoder'], mean=stats.get('mean'),
-              var=stats.get('var'), **config).eval()
+              var=stats.get('var'), eps=config.get('eps', 1e-5)).eval()
     check_statistics(rae, f'{file.parent}/stats.safetensors', {**stats, **config})
     return rae
-
 RAE.from_pretrained = staticmethod(load_rae)
 
 # %% ../nbs/02_rae.ipynb #f1f61abe
@@ -268,7 +264,7 @@ def open_rae(
     what = str(name_or_path)
     if what in OFFICIAL_RAES: return load_official(what, COLLECTION, revision, **options)
     if what == COLLECTION: return load_official(name, COLLECTION, revision, **options)
-    if Path(what).is_dir(): return _open_folder(what, name, options)
+    if os.path.isdir(what): return _open_folder(what, name, options)
     if is_repository(what): return _open_repository(what, revision)
     raise ParameterError(f"autoencoder {what!r}: accepted is tiny, one of "
                          f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with "

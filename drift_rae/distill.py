@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from .engine.command import run_command
-from .engine.parameters import SMALL, ParameterError, check_parameters
+from .engine.parameters import (
+    RESUME, SMALL, ParameterError, as_path, check_choice, check_output, check_parameters, shown)
+from .engine.streams import check_seed
 from .engine.progress import few_threads, limit_threads
 from .engine.files import RunFolder, hash_weights, lock_folder, versions
 from .parts.generator import OneStepGenerator, load_generator, save_generator
 from .parts.ingredients import (
-    RELEASED, check_store, fit_to_store, load_parts, unless_refused, writable)
+    RELEASED, check_digits, check_store, fit_to_store, load_parts, unless_refused, writable)
 from .worlds.latents import describe_store
 from .worlds.shards import class_names
 from .parts.monitor import Monitor
@@ -113,6 +115,10 @@ def distill(
     maps:tuple=None, # other maps for drift_step than the configuration's; only without a folder
 )->tuple: # the averaged student, the log: one dict per step
     "Drift-RAE: distil a flow model into a one-step generator by the drifting field"
+    if not isinstance(config, DistillConfig):
+        raise ParameterError(f'config={shown(config)}: accepted is a DistillConfig')
+    seed, _ = check_seed(seed), check_choice(RESUME, resume=resume)
+    if folder: check_output(folder, folder=True)
     check_store(config, store)
     if maps and (folder or config.decode_encode):
         raise ParameterError('maps: accepted without a folder for checkpoints, and without '
@@ -227,7 +233,7 @@ def keep_others_out(
     "Keep other runs out of the folder, from the first step to the end of the evaluation"
     alone = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
     if nnodes > 1 or dry_run or not alone: return None
-    return lock_folder(writable(out))
+    return lock_folder(writable(as_path(out, 'out')))
 
 # %% ../nbs/06_distill.ipynb #0dd6a3f8
 def execute(
@@ -289,6 +295,8 @@ def start(
                      monitor_every)
     if latents: config = fit_to_store(config, latents, n_class, n_pos)
     parts = dict(model=model, teacher=teacher, latents=latents, autoencoder=autoencoder)
+    seed = check_seed(seed)
+    if model == 'tiny' and not latents: check_digits(config)
     if processes(config, model, nproc, nnodes) > 1 and not dry_run: prepare_workers()
     out = out or f'runs/{model}'
     locked = keep_others_out(out, nnodes, dry_run) # until this function returns

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .engine.parameters import check_choice, check_positive, number
+from .engine.parameters import ParameterError, check_choice, check_positive, number
 from .metrics.distances import distances, full_precision, squared_norm
 from drift_rae.parts.weights import (
     NoiseRows, Samples, check_samples, field_weights, laplace_noise, noise_generators,
@@ -58,7 +58,6 @@ _CHOICES = dict(
     perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
     perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
     reduction=('paper', 'original'), guards=('none', 'original'))
-
 def _check_raw(c):
     "A clear message for switches in units of a mean distance that scale='raw' does not take"
     without = "with scale='raw': no mean distance is taken"
@@ -117,8 +116,7 @@ def preset(cls:DriftConfig,
     name:str, # 'deng2026' (the original, exactly), or 'a', 'b', 'c' of Table 3
 )->DriftConfig:
     "A published configuration by name"
-    if name not in _PRESETS:
-        raise ValueError(f"preset {name!r}: accepted is one of {', '.join(_PRESETS)}")
+    check_choice(_PRESETS, preset=name)
     return cls(**_PRESETS[name])
 
 # %% ../nbs/04_drifting.ipynb #377e978f
@@ -278,6 +276,7 @@ def _rms(c, coordinate, mean_square):
 # %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, c, generator, chunk, group, classes):
     "Sum of normalised fields [B, N, D], minus d loss / d gen over that sum [B], info"
+    if not isinstance(c, DriftConfig): raise ParameterError(f'config={c!r}: accepted is a DriftConfig')
     neg = gen[:, :0] if neg is None else neg
     check_samples(gen, pos, neg, weights, classes, chunk)
     moving, rms = c.perturbation != 'off', c.normalisation == 'rms'
@@ -321,7 +320,8 @@ def drift_field(
     **switches, # switches of DriftConfig to change
 )->Tensor: # V [B, N, D], float32 or float64, without gradient
     "The drifting field (11); by default tau is raw and the field is not normalised"
-    config = replace(config, **(dict(temperatures=(tau,), reduction='paper') | switches))
+    switches = dict(config.to_dict(), temperatures=[tau], reduction='paper') | switches
+    config = DriftConfig.from_dict(switches)
     return _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator,
                   chunk, group, classes)[0]
 

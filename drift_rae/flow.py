@@ -139,7 +139,6 @@ def check_flow(
     check_positive(clip=c.clip, **({} if c.shift is None else dict(shift=c.shift)))
     check_choice(('logit-normal', 'uniform'), time=c.time)
     check_choice(('float32', 'bfloat16'), precision=c.precision)
-
 @dataclass(frozen=True)
 class FlowConfig:
     "How a flow teacher is trained; the defaults are those of the miniature"
@@ -157,9 +156,7 @@ class FlowConfig:
     precision:str='float32' # of the forward pass, or bfloat16; the weights are float32
     train_fixed:bool=False # positions and time frequencies learn too
     readers:int=0 # threads that read the next batches; 0: read in the step, from a single stream
-
     def __post_init__(self): check_flow(self)
-
     @classmethod
     def preset(cls, name:str):
         "Tiny: the miniature's training; nano: shorter; s, b, l, xl: that of ImageNet"
@@ -348,6 +345,6 @@ def load_teacher(
         f"{path} has no configuration: expected weights written by save_teacher")
     with torch.device('meta'): net = DiTDH(**about['model'])
     net = fill(net, state, path)
-    net.shift = about.get('shift')
+    net.shift = about.get('shift') # older files do not have it
     if net.shift is not None: check_positive(**{f'{path}, shift': net.shift})
     return net.to(device)

@@ -175,8 +175,8 @@ def resigned(folder, **changes):
     data['sha256'] = digest_json({k: v for k, v in data.items() if k != 'sha256'})
     path.write_text(json.dumps(data))
     return folder
-def statistics_file(name='s.npz', extractor=None, d=12, **changes):
-    made_by = json.dumps((extractor or toy()).describe(), sort_keys=True)
+def statistics_file(name='s.npz', about=None, d=12, **changes):
+    made_by = about or json.dumps(toy().describe(), sort_keys=True)
     return npz(name, **{**dict(mu=np.zeros(d), sigma=np.eye(d), n=100, extractor=made_by), **changes})
 def small_run(folder='run', steps=4, **o):
     "Checkpoints of a short training"

@@ -16,7 +16,7 @@ import drift_rae
 from fastcore.basics import patch
 from torch import nn
 from .parameters import (
-    ParameterError, _no_constant as _constant, as_path, check_file, check_choice, read_json, shown)
+    ParameterError, _no_constant as _constant, check_choice, check_file, check_output, read_json, shown)
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
@@ -38,7 +38,7 @@ def atomic(
     path:str|Path, # the file to appear
 ):
     "Yield a temporary path beside `path`; rename it on success, remove it on failure"
-    path = Path(path)
+    path = check_output(path, name='file')
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     mode = temporary.stat().st_mode & 0o777 # as the umask has it
@@ -64,7 +64,10 @@ def write_json(
     data, # what JSON can hold; no NaN and no infinity
 ):
     "Write `data` as indented JSON, atomically; `ValueError` for NaN, which JSON does not have"
-    with atomic(path) as f: f.write_text(json.dumps(data, indent=1, allow_nan=False)+'\n')
+    try: text = json.dumps(data, indent=1, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ParameterError(f'{path}: JSON cannot hold this ({e})') from e
+    with atomic(path) as f: f.write_text(text+'\n')
 
 # %% ../../nbs/engine/03_files.ipynb #f2c203a6
 def save_weights(
@@ -190,7 +193,7 @@ def lock_folder(
 ): # the lock; it lasts as long as this object, None on Windows
     "Keep other runs out of a folder; `ParameterError` if one is there"
     if fcntl is None: return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    check_output(folder, folder=True).mkdir(parents=True, exist_ok=True)
     locked = open(Path(folder)/name, 'a')
     try: fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -250,9 +253,12 @@ def why_not_longer(
 @patch
 def done(self:RunFolder)->dict|None: # identity, files, metrics; None if the run is not finished
     "What a finished run of this identity has left; `ParameterError` if another run is finished"
-    try: about = json.loads(self.file.read_text())
-    except FileNotFoundError: return None
-    except (ValueError, OSError):
+    if not self.file.is_file(): return None
+    try:
+        about = read_json(self.file, keys=('identity', 'files'))
+        if not all(Path(n).name == n for n in about['files']): raise ParameterError('other places')
+        if not isinstance(about['files'], dict): raise ParameterError('no table of files')
+    except (ParameterError, TypeError):
         print(f'{self.file} is damaged: the end of the run is made again', flush=True)
         return None
     differ = differences(about.get('identity'), self.identity)
@@ -301,6 +307,7 @@ def begin(self:RunFolder,
     resume:str='auto', # 'auto', 'never' or 'must'
 )->dict|None: # what done.json holds, if the run is finished
     "Look what is in the folder, before the first file is written; a finished run is not touched"
+    check_choice(('auto', 'never', 'must'), resume=resume)
     self.locked = None # of a call before
     self.locked = lock_folder(self.folder, '.run.lock')
     found = None if resume == 'never' else self.done()

@@ -19,7 +19,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from .parameters import ParameterError
+from .parameters import ParameterError, check_whole
 from drift_rae.engine.progress import (
     _signals, catch_signals, follow_parent, outlive_parent, silence_launcher, spread,
     watch_machines)
@@ -302,10 +302,11 @@ def first_machine()->bool:
 def _processes(nproc, nnodes, rdzv):
     "Number of processes to start on this machine; `ParameterError` for numbers that cannot be had"
     gpus = torch.cuda.device_count()
-    if nproc < 0 or nnodes < 1 or nproc > gpus > 0:
+    check_whole(0, nproc=nproc, nnodes=nnodes)
+    if nnodes < 1 or nproc > gpus > 0:
         raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this machine has {gpus} GPUs; '
                              'accepted is 0 (all of them) or fewer, on at least one node')
-    if nnodes > 1 and ':' not in rdzv:
+    if nnodes > 1 and not re.fullmatch(r'.+:\d{1,5}', str(rdzv)):
         raise ParameterError(f'nnodes={nnodes}, rdzv={rdzv!r}: several machines meet at '
                              'host:port of one of them, such as node01:29400')
     return nproc or max(1, gpus)
@@ -331,6 +332,7 @@ def launch(
     **kwargs,
 ): # what fn returned on rank 0 (other machines: their first rank; torchrun, Slurm: this process)
     "Call a function in nproc x nnodes processes that form a group; a failure of one is raised here"
+    if not callable(fn): raise ParameterError(f'fn={fn!r}: accepted is a function')
     world = _environment()
     if world and not rdzv:
         _enter(world, nproc, nnodes)

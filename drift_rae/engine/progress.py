@@ -17,7 +17,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
-from .parameters import SMALL
+from .parameters import SMALL, check_whole
 import torch
 import torch.distributed as dist
 
@@ -44,7 +44,7 @@ def spread(
     processes:int, # number of processes; 1 = here
 )->list: # what the processes returned, in the order of their numbers
     "Call a function in several fresh processes, with the numbers 0 to processes - 1"
-    if processes == 1: return [function(0)]
+    if check_whole(1, processes=processes) == 1: return [function(0)]
     with ProcessPoolExecutor(processes, mp_context=get_context('spawn')) as pool:
         return list(pool.map(function, range(processes)))
 

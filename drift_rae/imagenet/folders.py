@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from ..engine.parameters import (
-    RESUME, ParameterError, as_rgb, check_choice, check_output, check_whole)
+    RESUME, ParameterError, as_rgb, check_device, check_output, check_whole)
 from ..engine.progress import Progress
 from ..engine.streams import check_seed, stream
 from ..engine.files import write_json
 from ..worlds.data import digits
+from ..metrics.arrays import OwnFolder
 from drift_rae.worlds.latents import (
     STORED, begin_latents, describe_encoder, finish_latents, record_bytes, shard_record,
     write_shard)
@@ -58,7 +59,6 @@ def _in_label_order(names):
     "Whether sorted folder names are WordNet numbers, or numbers 0, 1, 2, ... of equal length"
     if all(len(n) == 9 and n[0] == 'n' and n[1:].isdigit() for n in names): return True
     return all(n.isdigit() and int(n) == i for i, n in enumerate(names))
-
 def _check_classes(root, names, num_classes):
     "Refuse another number of class folders, and names that do not sort into the labels' order"
     where = f'images {str(root)!r}'
@@ -76,8 +76,7 @@ def _check_classes(root, names, num_classes):
 # %% ../../nbs/imagenet/02_folders.ipynb #5a2a8a73
 class UnreadableImage(ParameterError):
     "A picture that is damaged; a disk that cannot be read is another error"
-
-class ClassFolder(ImageFolder):
+class ClassFolder(OwnFolder):
     "Photographs [3, size, size], float32 in [0, 1], and int labels, from a folder of class folders"
     def __init__(self,
         root:str|Path, # the folder
@@ -98,12 +97,12 @@ class ClassFolder(ImageFolder):
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
 
+
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
 def name(self:ClassFolder, i:int)->str: # below the root, with forward slashes
     "The name of image `i`, by which a manifest and `without` refer to the image"
     return self.samples[i][0][len(self.root)+1:].replace('\\', '/')
-
 @patch
 def _leave_out(self:ClassFolder, names:set):
     "Remove images by name; a name that does not exist is a `ParameterError`"
@@ -119,10 +118,10 @@ def _leave_out(self:ClassFolder, names:set):
 def rgb(self:ClassFolder, image:Image.Image)->Image.Image: # mode RGB
     "A picture of any mode as three colour channels, before the crop"
     return as_rgb(image, 'picture') # before the crop
-
 @patch
 def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
     "Image `i`, cropped; `UnreadableImage` if it is damaged, `ParameterError` if the disk fails"
+    i = check_whole(0, len(self)-1, image=i)
     path, name = self.samples[i][0], self.name(i)
     try:
         with open(path, 'rb') as f: image = self.crop(self.rgb(Image.open(f)), self.size)
@@ -133,7 +132,6 @@ def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
         reason = str(e).replace(str(path), 'the file')
         raise UnreadableImage(f'{name} ({type(e).__name__}: {reason})') from e
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
 @patch
 def __getitem__(self:ClassFolder, i:int)->tuple: # (float32 [3, size, size] in [0, 1], label)
     "Image `i` and its label, mirrored at random with `flip`; errors as of `pixels`"
@@ -161,7 +159,6 @@ def _framed(image, generator):
     canvas = Image.new('RGB', (side, side+more) if upright else (side+more, side))
     canvas.paste(digit, ((canvas.width-side)//2, (canvas.height-side)//2))
     return canvas
-
 def digits_folder(
     folder:str|Path, # receives a folder for each class
     per_class:int=30, # images of each digit
@@ -169,6 +166,9 @@ def digits_folder(
     seed:int=0, # of the sizes
 )->Path: # the folder
     "Write handwritten digits as a class folder of small JPEG files of different sizes"
+    check_whole(1, 1000, per_class=per_class)
+    check_whole(1, 10, classes=classes)
+    folder = check_output(folder, folder=True)
     (images, labels), g = digits(), stream(seed, 'digits folder')
     for label in range(classes):
         home = Path(folder)/f'n{label:08d}'
@@ -185,7 +185,6 @@ class _Pixels(Dataset):
     def __getitem__(self, i):
         try: return i, self.folder.pixels(i), None
         except ParameterError as e: return i, None, e
-
 def _collate(items):
     "Indices and pixels of the readable images, and the errors of the rest by index"
     good = [(i, x) for i, x, e in items if e is None]
@@ -193,7 +192,6 @@ def _collate(items):
     for e in errors.values():
         if not isinstance(e, UnreadableImage): return [], None, e
     return [i for i, _ in good], torch.stack([x for _, x in good]) if good else None, errors
-
 def _load(folder, batches, workers):
     "Yield what `_collate` makes of each list of indices; an error of the disk is raised"
     loader = DataLoader(_Pixels(folder), batch_sampler=batches, num_workers=workers,
@@ -206,7 +204,6 @@ def _load(folder, batches, workers):
 def _cut(indices:range, each:int)->list: # ranges
     "Consecutive pieces of `each` indices; the last one may be shorter"
     return [indices[i:i+each] for i in range(0, len(indices), each)]
-
 def unreadable_images(
     folder:ClassFolder, # every image is read and cropped
     workers:int=0, # processes
@@ -237,7 +234,6 @@ def _counted(loaded, total, name):
         done += len(indices) + len(errors)
         progress(done-1, per_second=done/(time.perf_counter() - begin))
         yield indices, pixels, errors
-
 def _encode_shard(encode, loaded, batches, folder, *, flip, skip, bad):
     "Yield latents and labels of one shard by batch; `bad` collects the unreadable images by name"
     for batch, (indices, pixels, errors) in zip(batches, loaded):
@@ -268,10 +264,9 @@ def _check_encoding(rank, world, batch, shard_images, **options):
     for name, value in options.items():
         if value not in known[name]:
             raise ParameterError(f"{name}={value!r}: accepted is {', '.join(known[name])}")
-    if 0 <= rank < world and batch >= 1 and shard_images >= 0: return
-    raise ParameterError(f'rank={rank}, world={world}, batch={batch}, shard_images={shard_images}: '
-        'rank must be below world, batch at least 1, shard_images not negative')
-
+    check_whole(1, world=world, batch=batch)
+    check_whole(0, world - 1, rank=rank)
+    check_whole(0, shard_images=shard_images)
 def _per_shard(shape, dtype, flip):
     "How many images fill a gibibyte"
     return max(1, 2**30//(record_bytes(dtype, shape)*(1 + flip)))
@@ -286,7 +281,6 @@ def _must_write(out, mine, plan, resume):
                              'remove it or choose another folder')
     if todo: (out/'manifest.json').unlink(missing_ok=True) # a shard was lost: it is made again
     return todo
-
 def _report_unreadable(out, rank, failed):
     "Write the list of unreadable images and raise one error that names them"
     write_json(out/'writing'/f'unreadable-{rank}.json', failed)
@@ -300,7 +294,6 @@ def _report_unreadable(out, rank, failed):
 def _device(rank):
     "A GPU by rank, or the CPU"
     return f'cuda:{rank % torch.cuda.device_count()}' if torch.cuda.is_available() else 'cpu'
-
 def _begin(autoencoder, folder, out, dtype, shard_images, resume, revision, flip, precision):
     "The plan that all processes share, written or compared, and the images of each shard"
     shape = tuple(autoencoder.latent_shape)
@@ -337,6 +330,11 @@ def encode_folder(
     "Encode images into a latent store; called by each of `world` processes, and again after a kill"
     _check_encoding(rank, world, batch, shard_images,
                     unreadable=unreadable, resume=resume, precision=precision, dtype=dtype)
+    check_whole(0, workers=workers)
+    check_device(device or 'cpu')
+    out = check_output(out, folder=True)
+    if getattr(autoencoder, 'encoder', autoencoder) is None or not hasattr(autoencoder, 'encode'):
+        raise ParameterError('autoencoder: accepted is one with an encoder')
     if not isinstance(folder, ClassFolder): folder = ClassFolder(folder, size, num_classes)
     out, flip, device = Path(out), int(flip), device or _device(rank)
     plan, shards = _begin(

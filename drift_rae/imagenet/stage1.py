@@ -16,8 +16,9 @@ from ..engine import launch, sharding
 from ..networks.vit import DECODERS, Encoder, RAEDecoder
 from ..autoencoder import RAE
 from ..engine.files import RunFolder, fill, load_weights
-from ..engine.parameters import ParameterError
-from ..engine.streams import stream
+from ..engine.parameters import (
+    RESUME, ParameterError, check_choice, check_output, check_real, check_whole, number, several)
+from ..engine.streams import check_seed, stream
 from ..parts.step import device_stream
 from .critics import (
     EYES, Discriminator, TokenDistance, adaptive_weight, augment, eight_bit, frozen_network,
@@ -52,13 +53,15 @@ class Stage1Config:
     augment:float=1. # probability of each augmentation before the discriminator
     train_positions:bool=True # the decoder's sine-cosine positions learn too
     precision:str='float32' # of the forward passes, or 'bfloat16'
-
     def __post_init__(self):
-        if self.batch < 1 or self.epochs < 1:
-            raise ParameterError(f'batch={self.batch}, epochs={self.epochs}: '
-                                 'both must be at least 1')
-        if self.precision not in ('float32', 'bfloat16'):
-            raise ParameterError(f'precision={self.precision!r}: accepted is float32 or bfloat16')
+        check_whole(1, batch=self.batch, epochs=self.epochs)
+        check_whole(0, steps=self.steps, warmup=self.warmup, gan_from=self.gan_from)
+        check_choice(('float32', 'bfloat16'), precision=self.precision)
+        check_real(0, noise=self.noise, perceptual=self.perceptual, gan=self.gan)
+        check_real(0, 1 - 1e-9, ema=self.ema)
+        for name, high in (('lr', 1e3), ('discriminator_lr', 1e3), ('betas', 1 - 1e-9)):
+            problem = several(number(float, 0, high), 2)(getattr(self, name))
+            if problem: raise ParameterError(f'{name}={getattr(self, name)}: accepted is {problem}')
 
 # %% ../../nbs/imagenet/05_stage1.ipynb #b4e3573b
 _TINY = dict(batch=64, steps=640, lr=(2e-3, 2e-4), discriminator_lr=(2e-3, 2e-4), ema=.99,
@@ -70,6 +73,7 @@ def preset(cls:Stage1Config,
     **changes, # fields with other values
 )->Stage1Config:
     "The miniature's training, or that of ImageNet, which is the same for all sizes"
+    check_choice(DECODERS, model=model)
     return cls(**{**(_TINY if model == 'tiny' else dict(precision='bfloat16')), **changes})
 
 # %% ../../nbs/imagenet/05_stage1.ipynb #ed907400
@@ -330,6 +334,10 @@ def start_stage1(
     precision:str='', # of the forward passes: float32 or bfloat16; empty: as the preset has it
 )->list: # the log: one dict per step
     "Check what can be checked, then train on all processes"
+    check_whole(0, steps=steps, batch=batch, nproc=nproc)
+    seed, _ = check_seed(seed), check_choice((0, 1), gan=gan)
+    check_choice(RESUME, resume=resume)
+    check_output(out or f'runs/stage1_{model}', folder=True)
     given = dict(batch=batch, steps=steps, precision=precision)
     given = {k: v for k, v in given.items() if v}
     config = Stage1Config.preset(model, **given, **({} if gan else {'gan': 0.}))

@@ -10,8 +10,8 @@ import math
 from functools import partial
 from fastcore.basics import patch
 from ..engine import launch
-from ..engine.parameters import ParameterError
-from ..engine.streams import stream
+from ..engine.parameters import ParameterError, check_whole
+from ..engine.streams import check_seed, stream
 from .folders import ClassFolder
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Order:
         batch:int, # images per step, over all processes
         seed:int=0, # of the order
     ):
+        seed, batch = check_seed(seed), check_whole(1, batch=batch)
         self.n, self.batch, self.seed, self.epoch_steps = n, batch, seed, n//batch
         if not self.epoch_steps: raise ParameterError(f'batch={batch}: there are only {n} images')
         self.share, self._epoch = launch.share(batch, 'images of a batch', equal=True), None

@@ -11,7 +11,9 @@ from pathlib import Path
 from ..engine import launch
 from ..engine.sharding import fast_products, full_state
 from ..autoencoder import RAE
-from ..engine.parameters import MODELS, RESUME, SMALL, ParameterError
+from ..engine.parameters import (
+    MODELS, RESUME, SMALL, ParameterError, check_choice, check_output, check_whole)
+from ..engine.streams import check_seed
 from ..engine.progress import few_threads, limit_threads
 from ..engine.files import RunFolder, versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
@@ -131,12 +133,15 @@ def start_flow(
     samples:int=0, # how many; 0: 200 for tiny, else 1000
 )->list: # loss of each step
     "Check everything, then train on all processes"
+    check_whole(0, steps=steps, batch=batch, at_once=at_once, monitor_every=monitor_every)
+    seed, _ = check_seed(seed), check_choice(('ddp', 'fsdp'), sharding=sharding)
+    check_choice(RESUME, resume=resume)
+    if samples: check_whole(2, 10**7, samples=samples)
+    check_output(out or f'runs/teacher_{model}', folder=True)
     given = dict(steps=steps, batch=batch, at_once=at_once, precision=precision)
     given = {k: v for k, v in given.items() if v}
-    flow_parts(model, latents, autoencoder)
-    if resume not in RESUME:
-        raise ParameterError(f"resume={resume!r}: accepted is one of {', '.join(RESUME)}")
     flow = replace(FlowConfig.preset(model), **given)
+    flow_parts(model, latents, autoencoder)
     if flow.hold >= flow.steps: flow = replace(flow, hold=flow.steps//20)
     out = Path(out or f'runs/teacher_{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')):

@@ -198,7 +198,8 @@ def _inception(weights):
 # %% ../../nbs/metrics/04_extractors.ipynb #31339b4b
 def _build(name, weights):
     "The network of inception or dinov2, frozen"
-    net = _dinov2(weights) if name == 'dinov2' else _inception(weights)
+    with torch.random.fork_rng(devices=[]): # constructors draw weights
+        net = _dinov2(weights) if name == 'dinov2' else _inception(weights)
     return net.eval().requires_grad_(False)
 
 # %% ../../nbs/metrics/04_extractors.ipynb #bcd628cb

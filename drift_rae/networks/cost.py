@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from ..engine.figures import markdown_table
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_positive
 from .ditdh import DiTDH, preset
 from .vit import DECODERS, RAEDecoder, make_encoder
 
@@ -69,6 +69,7 @@ def gpu_hours(
     share:float=.4, # of this rate that a run achieves; assumed, not measured
 )->float: # hours on one device
     "Hours that a number of operations takes at a share of a device's rate"
+    check_positive(operations=operations, rate=rate, share=share)
     return operations/(rate*share)/3600
 
 # %% ../../nbs/networks/06_cost.ipynb #7f2af3c8

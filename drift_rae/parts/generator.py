@@ -67,7 +67,6 @@ def _seeds(labels, seed):
         raise ParameterError(f'{len(seed)} seeds for {len(labels)} labels: give one seed, or one '
                              'for each label')
     return [(l, check_seed(s), 0) for l, s in zip(labels, seed)]
-
 def _noise(images, shape):
     "The noise of these images, as `image_noise` draws it [N, C, h, w]"
     drawn = [torch.randn(shape, generator=stream(s, 'image', l, i)) for l, s, i in images]
@@ -78,7 +77,6 @@ def _noise(images, shape):
 def class_names(self:OneStepGenerator)->list: # one str for each class
     "Names of the classes: those of the pictures that it was trained on, else their numbers"
     return list(self.about.get('class_names') or map(str, range(self.model.num_classes)))
-
 def _number(names, label):
     "The number of a class that is given by name; other labels stay as they are"
     if not isinstance(label, str): return label
@@ -329,7 +327,7 @@ def load_generator(
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ParameterError(f'generator.safetensors of {str(name_or_path)!r} does not fit its '
                              f'configuration: {e}') from e
-    made = OneStepGenerator(model, autoencoder, config['about'], guide,
+    made = OneStepGenerator(model, autoencoder, config.get('about'), guide,
                             config.get('guidance', 0.), config.get('times', (1.,)))
     made.figures = _figures_beside(folder)
     return made.to(device, dtype) if device or dtype else made

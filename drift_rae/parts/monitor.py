@@ -6,7 +6,7 @@
 __all__ = ['latent_statistics_of', 'Monitor', 'write_sheet']
 
 # %% ../../nbs/parts/05d_monitor.ipynb #1fb99dba
-import json
+import json, math
 from contextlib import nullcontext
 from pathlib import Path
 import torch
@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from ..engine.files import atomic, write_json
+from ..engine.parameters import check_real, check_whole
 from ..engine.streams import stream
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
@@ -44,6 +45,8 @@ class Monitor:
         batch:int=250, # latents made together
         precision:str='float32', # of networks, or 'bfloat16'
     ):
+        every, batch = check_whole(1, every=every, batch=batch)
+        samples, stop_above = check_whole(2, samples=samples), check_real(0, stop_above=stop_above)
         self.store, self.decode, self.folder = store, decode, Path(folder)
         self.every, self.stop_above, self.batch = every, stop_above, batch
         self.precision = precision
@@ -177,7 +180,8 @@ def rows_before(self:Monitor,
     try:
         rows = [dict(step=int(r['step']), fd=float(r['fd']))
                 for r in json.loads(self.file.read_text())]
-    except (ValueError, TypeError, KeyError):
+        if not all(math.isfinite(r['fd']) for r in rows): raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         aside = self.file.with_name('monitor_damaged.json')
         self.file.replace(aside)
         print(f'{self.file} cannot be read: moved to {aside}', flush=True)

@@ -226,7 +226,8 @@ def changed(
         if name in place: raise ParameterError(f'changes: {name} is given twice')
         place[name] = value
     try: return replace(config, drift=replace(config.drift, **drift), **outer)
-    except (TypeError, ValueError) as e: raise ParameterError(f'changes={changes!r}: {e}') from e
+    except (TypeError, ValueError) as e:
+        raise ParameterError(f'changes={shown(changes)}: {e}') from e
 
 # %% ../../nbs/parts/05b_recipe.ipynb #73cc1264
 def resolve(

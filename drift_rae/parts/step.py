@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_whole
 from ..engine.streams import stream
 from ..drifting import drift_loss
 from ..flow import DiTDH, one_step
@@ -32,6 +32,8 @@ def to_tokens(
     classes:int=1, # number of classes
 )->Tensor: # [classes*T, n, D] with T = h*w and D = C
     "The layout of the field: each token position of each class is a batch entry (9)"
+    if len(latents) % classes:
+        raise ParameterError(f'{len(latents)} latents of {classes} classes: accepted is a multiple')
     x = latents.flatten(2).unflatten(0, (classes, -1)) # [classes, n, D, T]
     return x.permute(0, 3, 1, 2).flatten(0, 1)
 
@@ -44,6 +46,7 @@ def step_labels(
     label_dropout:float=0., # share of groups without a class
 )->list: # n different class indices; num_classes is the group without a class
     "The classes of a step, drawn without replacement"
+    check_whole(1, num_classes, n_class=n)
     labels = torch.randperm(num_classes, generator=stream(seed, 'classes', step))[:n].tolist()
     if not label_dropout: return labels
     dropped = torch.rand((), generator=stream(seed, 'no class', step)) < label_dropout*n
@@ -284,7 +287,6 @@ def step_plan(
 def _mine(x, plan):
     "This process's part of the samples of a class"
     return x.chunk(plan.parts)[plan.part] if plan.parts > 1 and len(x) else x
-
 def _drawn(samples, weight, store, classes, config, seed, step, plan):
     "Positives, and this process's noises with and without gradient, on the device of `weight`"
     pos, *noises = samples(store, classes, config, seed, step)

@@ -10,6 +10,7 @@ import atexit, multiprocessing, os, pickle, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable
+from ..engine.parameters import check_whole
 
 # %% ../../nbs/parts/05e_workers.ipynb #a5df213f
 _CPUS, _QUOTA = '/sys/devices/system/cpu', '/sys/fs/cgroup/cpu.max'
@@ -106,7 +107,7 @@ def share_work(
     processes:int=1, # number of processes
 )->list: # the results, in order
     "`[function(item) for item in items]`, over several processes"
-    if processes == 1: return [function(item) for item in items]
+    if check_whole(1, processes=processes) == 1: return [function(item) for item in items]
     context = multiprocessing.get_context(start_method())
     work = [pickle.dumps((function, item)) for item in items]
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_output
 
 # %% ../../nbs/sharing/04a_onnx.ipynb #1ca31cc6
 class NoiseToImages(nn.Module):
@@ -109,7 +109,7 @@ MOST_BYTES = 1_900_000_000 # of weights inside the .onnx file
 
 def _write(module, inputs, output, path):
     "Export a module into a file, by way of a temporary folder"
-    path = Path(path)
+    path = check_output(path)
     if path.suffix != '.onnx':
         raise ParameterError(f"{path}: the name of an ONNX file ends in .onnx")
     _check_packages()

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..engine.parameters import ParameterError
+from ..engine.parameters import check_choice, check_real, check_tensor, check_whole
 from ..engine.streams import stream
 
 # %% ../../nbs/worlds/01a_data.ipynb #505e1410
@@ -20,8 +20,7 @@ def digits(
     "scikit-learn's handwritten digits (bundled), stratified split, the same for every seed"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    if split not in ('train', 'test'):
-        raise ParameterError(f"split={split!r}: accepted is train or test")
+    check_choice(('train', 'test'), split=split)
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=500, stratify=labels, random_state=0)
     x, y = (parts[0], parts[2]) if split == 'train' else (parts[1], parts[3])
@@ -36,7 +35,8 @@ def deform(
     strength:float=1., # 1 = up to 10 degrees, 10 % scale, 10 % shear, 6 % shift
 )->Tensor: # [N, 3, H, W] in [0, 1]
     "A random small affine map for each image"
-    n = len(images)
+    check_tensor(images, 'N C H W', 'images')
+    n, strength = len(images), check_real(0, strength=strength)
     def u(): return (2*torch.rand(n, generator=generator) - 1)*strength
     angle, scale_x, scale_y, shear = u()*math.pi/18, 1 + .1*u(), 1 + .1*u(), .1*u()
     cos, sin = angle.cos(), angle.sin()
@@ -50,6 +50,7 @@ def training_digits(
     copies:int=7, # deformed copies of each training image besides itself
 )->tuple: # images float32 [(1+copies)*1297, 3, 16, 16], labels int64
     "The miniature's training set: the digits and their fixed deformations; always the same images"
+    copies = check_whole(0, copies=copies)
     x, y = digits('train')
     moved = [deform(x, stream(0, 'copies', i)) for i in range(copies)]
     return torch.cat([x, *moved]), y.repeat(1+copies)

@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..autoencoder import RAE
 from ..engine import launch
-from ..engine.parameters import ParameterError, as_path, check_whole, read_json
+from ..engine.parameters import (
+    ParameterError, as_path, check_output, check_whole, read_json)
 from ..engine.files import hash_weights
 from ..engine.streams import check_labels, stream
 from .data import training_digits
@@ -39,13 +40,14 @@ class LatentStore:
         dtype:torch.dtype=torch.float32, # of what is drawn; None = as it is stored
         manifest:dict=None, # of a store on disk: what made it
     ):
+        if not hasattr(latents, 'shape'):
+            raise ParameterError(f'latents={latents!r}: accepted is a tensor, an array or Shards')
         self.latents, self.counts = latents, [check_whole(0, count=c) for c in counts]
         self.dtype, self.manifest = dtype, manifest or {}
         if sum(self.counts) != len(latents): raise ParameterError('the counts per class add up to '
             f'{sum(self.counts)}, but there are {len(latents)} latents')
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.num_classes, self.latent_shape = len(self.counts), tuple(latents.shape[1:])
-
     def __len__(self): return len(self.latents)
 
 # %% ../../nbs/worlds/02d_latents.ipynb #4f74be43
@@ -54,7 +56,7 @@ def rows(self:LatentStore,
     index:Tensor, # row numbers, int64 [n]
 )->Tensor: # [n, C, h, w], of the store's dtype
     "Latents by row number, in the order asked for"
-    x = self.latents
+    x, index = self.latents, check_labels(index, len(self), name='rows').cpu()
     if hasattr(x, 'read'): return x.read(index, self.dtype)
     x = torch.from_numpy(x[index.numpy()]) if isinstance(x, np.ndarray) else x[index]
     return x.to(self.dtype or x.dtype)
@@ -131,10 +133,12 @@ def save_latents(
     shard_bytes:int=2**30, # size of a shard, about
 ):
     "Write a latent store as a folder; the manifest comes last, so that a folder with one is whole"
+    if not isinstance(store, LatentStore): raise ParameterError(f'{store!r}: accepted is a store')
     folder, on_disk = Path(folder), isinstance(store.latents, Shards)
     if on_disk and store.latents.folder.resolve() == folder.resolve():
         raise ParameterError(f'latents {str(folder)!r}: a store cannot be written over itself')
     check_dtype(dtype)
+    folder, _ = check_output(folder, folder=True), check_whole(1, shard_bytes=shard_bytes)
     _remove_store(folder)
     each = max(1, shard_bytes//record_bytes(dtype, store.latent_shape))
     shards = -(-len(store)//each)
