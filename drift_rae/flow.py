@@ -23,14 +23,13 @@ from .engine.parameters import (
     check_tensor, check_whole, number, several, shown)
 from .engine.training import linear_decay, train
 from .engine.streams import check_labels, check_seed, stream
-from .worlds.latents import StepDraws
 from .engine import launch, sharding
 from .networks.ditdh import DiTDH, preset
 from .networks.released import OFFICIAL_TEACHERS, official_teacher
 from .engine.hub import hub_folder, is_repository, read_checkpoint
 from .parts.paths import (
-    SAMPLERS, T_MAX, default_shift, flow_draw, flow_loss, flow_path, flow_velocity, sample_euler,
-    sample_heun, sample_time, time_grid, time_shift)
+    SAMPLERS, T_MAX, StepDraws, default_shift, flow_draw, flow_loss, flow_path, flow_velocity,
+    sample_euler, sample_heun, sample_time, time_grid, time_shift)
 _all_ = ['DiTDH', 'preset', 'T_MAX', 'SAMPLERS', 'flow_path', 'flow_velocity', 'time_shift',
     'default_shift', 'sample_time', 'flow_draw', 'flow_loss', 'time_grid', 'sample_euler',
     'sample_heun']

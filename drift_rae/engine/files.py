@@ -245,7 +245,8 @@ def why_not_longer(
     differ:list, # of differences, between the run in a folder and this one
 )->str: # in brackets; empty if the steps are not all that differs, or fewer than before
     "Why a run cannot be continued with more steps"
-    longer = re.fullmatch(r'.*steps was (\d+) and is (\d+)', differ[0]) if len(differ) == 1 else None
+    found = '' if len(differ) != 1 else differ[0]
+    longer = re.fullmatch(r'.*steps was (\d+) and is (\d+)', found)
     if not longer or int(longer[1]) >= int(longer[2]): return ''
     return (' (the learning rate falls over all steps, so a run of more steps is another run; '
             'one with a constant rate would continue)')
@@ -265,7 +266,8 @@ def done(self:RunFolder)->dict|None: # identity, files, metrics; None if the run
     if differ:
         if self.grown(about.get('identity')): return None
         raise ParameterError(f"{self.folder} holds another run, finished: {', '.join(differ[:3])}"
-                             f'{why_not_longer(differ)}; choose another output folder, or resume=never to start over')
+                             f'{why_not_longer(differ)}; choose another output folder, '
+                             'or resume=never to start over')
     damaged = self._damaged(about)
     if not damaged: return about
     print(f"{self.folder}: {', '.join(damaged)} of the finished run is missing or damaged "

@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['LatentStore', 'sort_by_class', 'save_latents', 'describe_encoder', 'read_manifest', 'open_latents', 'prefetch',
-           'StepDraws', 'latent_store', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents',
+           'latent_store', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents',
            'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #1e50e158
-import hashlib, inspect, json, math, shutil, time, warnings
+import hashlib, inspect, json, math, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Callable
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..autoencoder import RAE
-from ..engine import launch
 from ..engine.parameters import (
     ParameterError, as_path, check_output, check_whole, read_json)
 from ..engine.files import hash_weights
@@ -282,39 +280,6 @@ def prefetch(
             yield samples
             waiting.extend(pool.submit(work, s) for s in islice(steps, 1))
     finally: pool.shutdown(cancel_futures=True)
-
-# %% ../../nbs/worlds/02d_latents.ipynb #252c1ab4
-class StepDraws:
-    "Batches and random numbers named by the step, for this process; batches are read ahead"
-    def __init__(self,
-        draw:Callable, # (n, generator) -> latents and labels
-        n:int, # latents of a batch that are this process's
-        steps:int, # of the run
-        seed:int, # of the run
-        readers:int, # threads
-    ):
-        self.draw, self.n, self.steps, self.seed, self.readers = draw, n, steps, seed, readers
-        self.ahead, self.waited = None, 0.
-
-    def stream(self, what:str, step:int)->torch.Generator: # on the CPU
-        "This process's stream of a step"
-        return stream(self.seed, what, step, launch.rank())
-
-    def batch(self, step:int)->tuple: # latents, labels
-        "The batch of a step; steps are asked for in order"
-        begin = time.perf_counter()
-        if self.ahead is None:
-            def prepare(s): return self.draw(self.n, self.stream('teacher batch', s))
-            self.ahead = prefetch(prepare, range(step, self.steps), readers=self.readers)
-        x, y = next(self.ahead)
-        self.waited = launch.all_max(time.perf_counter() - begin)
-        return x, y
-
-    def generator(self, step:int, device)->torch.Generator: # on the device
-        "The source of the times and the noise of a step"
-        g = self.stream('teacher noise', step)
-        if torch.device(device).type == 'cpu': return g
-        return torch.Generator(device).manual_seed(g.initial_seed())
 
 # %% ../../nbs/worlds/02d_latents.ipynb #3e6846c6
 def _encode_digits(autoencoder):
