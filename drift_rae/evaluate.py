@@ -94,6 +94,16 @@ def _hash_statistics(s):
     "16 digits that mean and covariance decide"
     return hashlib.sha256(s.mu.numpy().tobytes() + s.sigma.numpy().tobytes()).hexdigest()[:16]
 
+# %% ../nbs/07_evaluate.ipynb #ce05e951
+def _note(path, extractor):
+    "Say that the images of a file stand in for statistics that are another extractor's"
+    text = (f"{Path(path).name}: its statistics are Inception's, so {extractor.name} is compared "
+            "with the images in the file alone. Published distances use the whole training set: "
+            "with fewer reference images the distance and its bias are larger; save_reference "
+            "writes statistics of the training set")
+    print(text, flush=True)
+    return text
+
 # %% ../nbs/07_evaluate.ipynb #8b3920c4
 def load_reference(
     path:str|Path|Images, # folder or npz of images, ADM npz, a saved reference, or Images
@@ -107,6 +117,7 @@ def load_reference(
     names = [] if given or not zipfile.is_zipfile(path) else zipfile.ZipFile(path).namelist()
     known, features, size, record = None, None, None, {} if given else dict(file=Path(path).name)
     if {'mu.npy', 'sigma.npy'} <= set(names): known, features = _read_statistics(path, extractor)
+    if 'mu.npy' in names and not known: record['note'] = _note(path, extractor)
     if known: record['statistics_hash'] = _hash_statistics(known)
     if not known or 'arr_0.npy' in names:
         images = path if given else open_images(path)

@@ -143,7 +143,7 @@ class FlowConfig:
     def preset(cls, name:str):
         "Tiny: the miniature's training; nano: shorter; s, b, l, xl: that of ImageNet"
         if name == 'tiny': return cls()
-        if name == 'nano': return cls(steps=2400)
+        if name == 'nano': return cls(steps=6000)
         if name not in MODELS: raise ParameterError(
             f"unknown preset {name!r}: accepted is one of {', '.join(MODELS)}")
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),

@@ -15,7 +15,7 @@ from .engine.streams import stream
 from .flow import sample
 from .guided import states_of
 from .parts.bench import Bench, EVALUATION, Row, cached, figures_of, recipe
-from .worlds.extrapolation import in_steps
+from .parts.extrapolation import in_steps
 
 # %% ../nbs/13_steps.ipynb #bff1194a
 _MORE = (256, 64, 192) # numbers of samples of configuration C

@@ -3,3 +3,5 @@ import os
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1'
 import torch
 torch.set_num_threads(1)
+
+def pytest_configure(config): config.addinivalue_line('markers', "slow: minutes of computation; CI leaves them out with -m 'not slow'")

@@ -53,12 +53,6 @@ def test_one_program_for_all_sizes(recompute):
     assert counter.frame_count == first <= 8 # those of a single image are programs of their own
     assert not torch._dynamo.utils.counters['graph_break']
 
-def test_the_same_numbers_without_a_compiler():
-    plain, compiled = (make_student(shallow('tiny')) for _ in range(2))
-    compiled.compile_blocks(backend='eager')
-    config = replace(CONFIG, micro_batch=3, precision='float32')
-    for a, b in zip(step_of(plain, config), step_of(compiled, config)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
 def test_padding_gives_the_same_numbers():
     plain, padded = (make_student(shallow('tiny')) for _ in range(2))
     padded.pad_swiglu(64)

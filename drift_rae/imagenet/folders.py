@@ -96,8 +96,6 @@ class ClassFolder(ImageFolder):
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
 
-    def rgb(self, image): return image.convert('RGB') # a picture of any mode, before the crop
-
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
 def name(self:ClassFolder, i:int)->str: # below the root, with forward slashes
@@ -115,6 +113,11 @@ def _leave_out(self:ClassFolder, names:set):
     self.targets = [label for _, label in self.samples]
 
 # %% ../../nbs/imagenet/02_folders.ipynb #38777100
+@patch
+def rgb(self:ClassFolder, image:Image.Image)->Image.Image: # mode RGB
+    "A picture of any mode as three colour channels, before the crop"
+    return image.convert('RGB')
+
 @patch
 def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
     "Image `i`, cropped; `UnreadableImage` if it is damaged, `ParameterError` if the disk fails"
@@ -164,8 +167,7 @@ def digits_folder(
     seed:int=0, # of the sizes
 )->Path: # the folder
     "Write handwritten digits as a class folder of small JPEG files of different sizes"
-    images, labels = digits()
-    g = stream(seed, 'digits folder')
+    (images, labels), g = digits(), stream(seed, 'digits folder')
     for label in range(classes):
         home = Path(folder)/f'n{label:08d}'
         home.mkdir(parents=True, exist_ok=True)
@@ -220,9 +222,8 @@ def _encode_batch(autoencoder, pixels, first, *, flip, device, precision):
     "uint8 pixels [n, 3, H, W] -> latents [n*(1 + flip), C, h, w]; `first` seeds a random posterior"
     x = pixels.to(device, non_blocking=True).float()/255
     if flip: x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1) # [2n, 3, H, W]
-    options = {}
-    if 'generator' in inspect.signature(autoencoder.encode).parameters:
-        options['generator'] = torch.Generator(device).manual_seed(first)
+    random = 'generator' in inspect.signature(autoencoder.encode).parameters
+    options = dict(generator=torch.Generator(device).manual_seed(first)) if random else {}
     kind, half = torch.device(device).type, precision == 'bfloat16'
     with torch.autocast(kind, torch.bfloat16, enabled=half): return autoencoder.encode(x, **options)
 

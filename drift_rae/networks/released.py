@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from .vit import (
@@ -139,13 +138,14 @@ def _in_folder(folder, paths, shas):
 
 def _in_source(source, paths, revision=None, shas={}):
     "The first of `paths` that a folder or a repository has, as a local file"
+    from huggingface_hub.errors import EntryNotFoundError
     if Path(source).is_file(): return Path(source)
     if Path(source).is_dir(): return _in_folder(source, paths, shas)
     first = None
     for p in paths:
         try: return fetch_file(source, p, revision, shas.get(p, ''))
         except ParameterError as e:
-            if not isinstance(e.__cause__, errors.EntryNotFoundError): raise
+            if not isinstance(e.__cause__, EntryNotFoundError): raise
             first = first or e
     raise first
 

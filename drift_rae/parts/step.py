@@ -18,8 +18,8 @@ from ..engine.streams import stream
 from ..drifting import drift_loss
 from ..flow import DiTDH, one_step
 from ..engine import launch, sharding
-from ..worlds.extrapolation import in_steps, strength_time
-from ..worlds.student import fresh_model, make_student, through_images
+from .extrapolation import in_steps, strength_time
+from .student import fresh_model, make_student, through_images
 from .recipe import (
     RECIPE, RULES, DistillConfig, check_world, config_for, share_out, step_strengths)
 # read here by older programs

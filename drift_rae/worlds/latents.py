@@ -27,8 +27,8 @@ from .data import training_digits
 from .shards import (
     DTYPES, STORED, Shards, begin_latents, check_dtype, contradictions, digest_json,
     finish_latents, from_file, record_bytes, shard_record, to_file, write_shard)
-_all_ = ['DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents', 'finish_latents', 'from_file',
-    'shard_record', 'to_file', 'write_shard']
+_all_ = ['DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents', 'finish_latents', 
+    'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #ea198bba
 class LatentStore:
@@ -291,7 +291,9 @@ class StepDraws:
         self.draw, self.n, self.steps, self.seed, self.readers = draw, n, steps, seed, readers
         self.ahead, self.waited = None, 0.
 
-    def stream(self, what, step): return stream(self.seed, what, step, launch.rank())
+    def stream(self, what:str, step:int)->torch.Generator: # on the CPU
+        "This process's stream of a step"
+        return stream(self.seed, what, step, launch.rank())
 
     def batch(self, step:int)->tuple: # latents, labels
         "The batch of a step; steps are asked for in order"

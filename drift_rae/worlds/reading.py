@@ -11,8 +11,9 @@ from fastcore.basics import patch
 from ..engine.figures import markdown_table
 from ..engine.launch import all_max
 from ..engine.parameters import ParameterError
+from ..engine.streams import stream
 from ..networks.cost import H100, GiB, gpu_hours, step_flops
-from ..parts.recipe import DistillConfig
+from ..parts.recipe import DistillConfig, config_for
 from ..parts.step import own_chunks, step_labels, step_samples
 from .bits import record_bytes
 from .latents import open_latents, prefetch
@@ -77,7 +78,9 @@ def read_rate(
     seconds:float=5., # how long to measure, about
 )->float: # latents per second
     "Positives per second that a run would get"
-    def prepare(item): return sum(len(store.draw(c, config.n_pos, _stream(*item, c))) for c in item[1])
+    def prepare(item):
+        step, classes = item
+        return sum(len(store.draw(c, config.n_pos, stream(0, 'bench', step, c))) for c in classes)
     def portions():
         for step in range(10**6):
             labels = step_labels(store.num_classes, config.n_class, 0, step)
@@ -92,9 +95,6 @@ def read_rate(
     finally: samples.close()
     return found/spent
 
-def _stream(step, classes, label):
-    "The stream of a class in a step of the measurement"
-    return stream(0, 'bench', step, label)
 
 # %% ../../nbs/worlds/05h_reading.ipynb #fdf1bc74
 def reading_options(
@@ -167,8 +167,8 @@ def bench_tables(
     "The measurement and the options as tables"
     rows = [[m['readers'], f"{m['bytes_per_second']/1e6:.0f}", f"{m['steps_per_second']:.3g}"]
             for m in found['measured']]
-    first = markdown_table(['readers', 'MB/s', 'steps/s'], rows,
-                           f"A store in {found['dtype']}; the GPUs make {found['wanted']:.3g} steps/s")
+    caption = f"A store in {found['dtype']}; the GPUs make {found['wanted']:.3g} steps/s"
+    first = markdown_table(['readers', 'MB/s', 'steps/s'], rows, caption)
     rows = [[o['dtype'], f"{o['step_bytes']/1e9:.3g}", f"{o['steps_per_second']:.3g}",
              'yes' if o['enough'] else 'no', f"{o['memory']/GiB:.3g}"] for o in found['options']]
     return [first, markdown_table(['type', 'GB per step', 'steps/s', 'enough', 'or memory, GiB'],
