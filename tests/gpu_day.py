@@ -368,17 +368,19 @@ def part_e(day):
 # ---- (f)
 def part_f(day):
     "A short run of the miniature here and on the CPU, and both Frechet distances by the judge"
-    from drift_rae.parts.comparison import compare_digits
-    from drift_rae.autoencoder import RAE
+    from drift_rae.metrics.neighbours import evaluate_features
     from drift_rae.parts.generator import load_generator
+    from drift_rae.worlds.data import training_digits
+    from drift_rae.worlds.judge import load_judge
+    judge, real = load_judge(), training_digits()[0]
+    real = judge.features(real[:100] if day.small else real)
     steps, each = (2, 2) if day.small else (150, 100)
     def run(out, device):
         "Seconds of the run, and its distance on the same noises"
         begin = time.monotonic()
         whole_run(day, out, device, day.end - time.monotonic(), steps=steps)
         took, labels = time.monotonic() - begin, torch.arange(10).repeat_interleave(each)
-        z = load_generator(out).latents(labels, seed=0)
-        metrics = compare_digits(dict(student=z), labels, RAE.from_pretrained('tiny'))['student']
+        metrics = evaluate_features(judge.features(load_generator(out).sample(labels, seed=0)), real)
         return dict(seconds=took, steps=steps, fd=metrics['fd'], recall=metrics['recall'])
     with tempfile.TemporaryDirectory() as folder:
         for device in dict.fromkeys((day.device.type, 'cpu')): # once on the CPU alone
