@@ -9,7 +9,7 @@ __all__ = ['Reference', 'save_reference', 'load_reference', 'check_requests', 'e
            'evaluate_features']
 
 # %% ../nbs/07_evaluate.ipynb #bd3840b3
-import hashlib, json, os, zipfile, zlib
+import hashlib, json, os, textwrap, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -119,7 +119,7 @@ def _note(path, extractor):
             "with the images in the file alone. Published distances use the whole training set: "
             "with fewer reference images the distance and its bias are larger; save_reference "
             "writes statistics of the training set")
-    print(text, flush=True)
+    print(textwrap.fill(text, 98), flush=True)
     return text
 
 # %% ../nbs/07_evaluate.ipynb #8b3920c4

@@ -113,7 +113,7 @@ def field_equals_cpu(day):
         config = DriftConfig.preset(name)
         config = replace(config, perturbation='off') if config.perturbation != 'off' else config # noise would differ between devices
         def both(device, dtype):
-            x, y, z = (t.to(device, dtype) for t in (gen, pos, extra))
+            x, y, z = (t.to(device, dtype, copy=True) for t in (gen, pos, extra))
             x.requires_grad_()
             loss, _ = drift_loss(x, y, z, config=config)
             loss.backward()
@@ -261,6 +261,12 @@ def program(day, out, device, **options):
     env = {**os.environ, 'PYTHONPATH': str(ROOT), **({} if device == 'cuda' else {'CUDA_VISIBLE_DEVICES': ''})}
     return subprocess.Popen([sys.executable, '-m', 'drift_rae.distill', '--nproc', '1', '--monitor_every', '0', '--out', str(out), *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
+def whole_run(day, out, device, seconds, **options):
+    "A run of the miniature from its start or checkpoint to its end; with tiny shapes in this process, because starting one costs more"
+    if not day.small: return finished(program(day, out, device, **options), seconds)
+    from drift_rae.distill import start
+    start(out=str(out), nproc=1, monitor_every=0, n_class=2, n_pos=8, n_neg=4, n_extra_neg=4, **options)
+
 def finished(process, seconds):
     try: said, _ = process.communicate(timeout=max(1., seconds))
     except subprocess.TimeoutExpired:
@@ -277,15 +283,13 @@ def kill_and_resume(day):
     steps, options = (6, 'checkpoint_every=2') if day.small else (60, 'checkpoint_every=10')
     with tempfile.TemporaryDirectory() as folder:
         at, kind = Path(folder), day.device.type
-        def start(name): return program(day, at/name, kind, steps=steps, changes=options)
         def left(): return day.end - time.monotonic()
-        first = start('whole')
-        finished(first, left())
-        run = start('cut')
+        whole_run(day, at/'whole', kind, left(), steps=steps, changes=options)
+        run = program(day, at/'cut', kind, steps=steps, changes=options)
         while not list((at/'cut/checkpoints').glob('*.json')) and run.poll() is None and left() > 0: time.sleep(.02)
         alive = run.poll() is None
         run.send_signal(signal.SIGKILL); run.communicate()
-        finished(start('cut'), left())
+        whole_run(day, at/'cut', kind, left(), steps=steps, changes=options)
         a, b = weights_of(at/'whole'), weights_of(at/'cut')
         return dict(killed_while_running=alive, equal_to_the_bit=torch.equal(a, b), largest_difference=(a - b).abs().max().item(), steps=steps)
 
@@ -364,17 +368,19 @@ def part_e(day):
 # ---- (f)
 def part_f(day):
     "A short run of the miniature here and on the CPU, and both Frechet distances by the judge"
-    from drift_rae.parts.comparison import compare_digits
-    from drift_rae.autoencoder import RAE
+    from drift_rae.metrics.neighbours import evaluate_features
     from drift_rae.parts.generator import load_generator
+    from drift_rae.worlds.data import training_digits
+    from drift_rae.worlds.judge import load_judge
+    judge, real = load_judge(), training_digits()[0]
+    real = judge.features(real[:100] if day.small else real)
     steps, each = (2, 2) if day.small else (150, 100)
     def run(out, device):
         "Seconds of the run, and its distance on the same noises"
         begin = time.monotonic()
-        finished(program(day, out, device, steps=steps), day.end - time.monotonic())
+        whole_run(day, out, device, day.end - time.monotonic(), steps=steps)
         took, labels = time.monotonic() - begin, torch.arange(10).repeat_interleave(each)
-        z = load_generator(out).latents(labels, seed=0)
-        metrics = compare_digits(dict(student=z), labels, RAE.from_pretrained('tiny'))['student']
+        metrics = evaluate_features(judge.features(load_generator(out).sample(labels, seed=0)), real)
         return dict(seconds=took, steps=steps, fd=metrics['fd'], recall=metrics['recall'])
     with tempfile.TemporaryDirectory() as folder:
         for device in dict.fromkeys((day.device.type, 'cpu')): # once on the CPU alone

@@ -4,7 +4,7 @@ import pytest, torch
 import gpu_day
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory): return gpu_day.main(['--device', 'cpu', '--small', '--out', str(tmp_path_factory.mktemp('day')/'day.json')])
+def results(tmp_path_factory): return gpu_day.main(['--device', 'cpu', '--small', '--minutes', '250', '--out', str(tmp_path_factory.mktemp('day')/'day.json')])
 
 def test_every_part_runs(results):
     assert list(results['parts']) == list('abcdef')

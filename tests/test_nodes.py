@@ -48,7 +48,7 @@ class Machines:
         return [subprocess.Popen(['ip', 'netns', 'exec', self.name(i), 'unshare', '--uts', '--mount', 'sh', '-c', here, str(i), sys.executable, '-m', 'node_runs', str(folder), str(self.n), str(pause)],
             cwd=TESTS, env=env, stdout=open(said, 'w'), stderr=subprocess.STDOUT) for i, said in zip(self, self.said)]
 
-def wait_for(said, text, seconds=150):
+def wait_for(said, text, seconds=500):
     end = time.monotonic() + seconds
     while text not in said.read_text():
         assert time.monotonic() < end, said.read_text()[-3000:]
@@ -67,7 +67,7 @@ def test_a_machine_is_cut_off_and_the_run_continues(n, tmp_path):
             wait_for(machines.said[0], 'finished step 5')
             machines.cable(n, 'down')
             begin = time.monotonic()
-            codes = [p.wait(200) for p in running]
+            codes = [p.wait(500) for p in running]
             print(f'{n} machines: all ended {time.monotonic() - begin:.0f} s after the cut (given up after {SILENT} s)')
             said = [s.read_text() for s in machines.said]
             assert all(codes), said
@@ -76,7 +76,7 @@ def test_a_machine_is_cut_off_and_the_run_continues(n, tmp_path):
             assert not (tmp_path/'cut/result.pt').exists()
             machines.cable(n, 'up')
             running = machines.start(tmp_path/'cut', 0.)
-            assert [p.wait(200) for p in running] == [0]*n, [s.read_text()[-2000:] for s in machines.said]
+            assert [p.wait(500) for p in running] == [0]*n, [s.read_text()[-2000:] for s in machines.said]
         finally:
             for p in running: p.kill()
         assert 'finished step 1\n' not in machines.said[0].read_text() # it went on

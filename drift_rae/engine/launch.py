@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from .parameters import ParameterError, check_whole
 from drift_rae.engine.progress import (
-    _signals, catch_signals, follow_parent, outlive_parent, silence_launcher, spread,
-    watch_machines)
+    _signals, catch_signals, follow_parent, hang_up_when_lost, outlive_parent, silence_launcher,
+    spread, watch_machines)
 _all_ = ['spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #76863ea1
@@ -284,7 +284,8 @@ def _spawn(work, nproc, nnodes, rdzv):
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import ChildFailedError, SignalException, elastic_launch
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          _keep_handlers(), silence_launcher(), _end_children(), outlive_parent()):
+          _keep_handlers(), silence_launcher(), _end_children(), outlive_parent(),
+          hang_up_when_lost(folder, rdzv)):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
         except (ChildFailedError, RendezvousError) as e:
             raise _why(folder, e, nproc*nnodes) from None

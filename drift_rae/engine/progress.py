@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'SILENT', 'limit_threads', 'few_threads', 'spread', 'Progress', 'read_log', 'follow_parent',
-           'outlive_parent', 'Pulse', 'watch_machines', 'silence_launcher', 'catch_signals']
+           'outlive_parent', 'Pulse', 'watch_machines', 'hang_up_when_lost', 'silence_launcher', 'catch_signals']
 
 # %% ../../nbs/engine/04_progress.ipynb #f004a2d2
-import csv, ctypes, json, logging, math, multiprocessing, os, platform, re, signal, subprocess
-import sys, threading, time
+import csv, ctypes, json, logging, math, multiprocessing, os, platform, re, signal, socket
+import subprocess, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -296,6 +296,35 @@ def watch_machines(
     finally:
         over.set()
         with suppress(Exception): pulse.say('done')
+
+# %% ../../nbs/engine/04_progress.ipynb #3a020ccf
+def _close_connections(host):
+    "Close this process's TCP connections to a host"
+    address = socket.gethostbyname(host)
+    for fd in os.listdir('/proc/self/fd'):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as s:
+            if s.getpeername()[0].split(':')[-1] == address: s.shutdown(socket.SHUT_RDWR)
+
+def _hang_up(folder, host, over, patience):
+    "Wait for a report of a lost machine; then, unless it is over in time, close the connections"
+    while not over.wait(1):
+        reports = [p.read_text() for p in Path(folder).glob('*.json')]
+        if not any('"MachineLost"' in r for r in reports): continue
+        while not over.wait(patience):
+            with suppress(OSError): _close_connections(host)
+
+@contextmanager
+def hang_up_when_lost(
+    folder:str|Path, # where processes leave their reports
+    rdzv:str='', # host:port of the store; empty: a single machine
+    patience:float=10, # seconds after the report
+):
+    "Within it, the connections to the store are closed after a machine was lost"
+    over = threading.Event()
+    arguments = folder, rdzv.rpartition(':')[0], over, patience
+    if rdzv: threading.Thread(target=_hang_up, args=arguments, daemon=True).start()
+    try: yield
+    finally: over.set()
 
 # %% ../../nbs/engine/04_progress.ipynb #79a3c02b
 @contextmanager
