@@ -276,7 +276,7 @@ def _rms(c, coordinate, mean_square):
 # %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, c, generator, chunk, group, classes):
     "Sum of normalised fields [B, N, D], minus d loss / d gen over that sum [B], info"
-    if not isinstance(c, DriftConfig): raise ParameterError(f'config={c!r}: accepted is a DriftConfig')
+    if not isinstance(c, DriftConfig): raise ParameterError(f'config={c!r}: not a DriftConfig')
     neg = gen[:, :0] if neg is None else neg
     check_samples(gen, pos, neg, weights, classes, chunk)
     moving, rms = c.perturbation != 'off', c.normalisation == 'rms'
