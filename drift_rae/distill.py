@@ -18,8 +18,9 @@ from .engine.progress import few_threads, limit_threads
 from .engine.files import RunFolder, hash_weights, lock_folder, versions
 from .parts.generator import OneStepGenerator, load_generator, save_generator
 from .parts.ingredients import (
-    RELEASED, check_store, fit_to_store, load_parts, writable)
-from .worlds.latents import class_names, describe_store
+    RELEASED, check_store, fit_to_store, load_parts, unless_refused, writable)
+from .worlds.latents import describe_store
+from .worlds.shards import class_names
 from .parts.monitor import Monitor
 from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (
@@ -244,23 +245,24 @@ def execute(
 )->list: # the log: one dict per step
     "Check everything, then distil on all processes"
     out, model = writable(out), parts['model']
-    if resume == 'must' and not list((out/'checkpoints').glob('*.json')):
-        raise ParameterError(f'resume=must: there is no checkpoint in {out}')
-    nproc = processes(config, model, nproc, nnodes)
-    world = (nproc or max(1, torch.cuda.device_count()))*nnodes
-    check_world(config, launch._environment() or world) # torchrun and Slurm have decided already
-    if dry_run: return dry(config, seed, parts)
-    if model == 'tiny' and world > 1 and nnodes == 1 and parts.get('store') is None:
-        parts = dict(parts, store=load_parts(**parts, seed=seed)[0])
-        check_store(config, parts['store'])
-    about = dict(model=model, preset=preset)
-    if parts['teacher'] == 'fresh': about['teacher'] = 'fresh'
-    return _launched(config, out, nproc, parts, seed=seed, resume=resume, about=about,
-                     stop_above=stop_above, nnodes=nnodes, rdzv=rdzv)
+    with unless_refused(out, dry_run):
+        if resume == 'must' and not list((out/'checkpoints').glob('*.json')):
+            raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+        nproc = processes(config, model, nproc, nnodes)
+        world = (nproc or max(1, torch.cuda.device_count()))*nnodes
+        check_world(config, launch._environment() or world) # torchrun and Slurm have decided
+        if dry_run: return dry(config, seed, parts)
+        if model == 'tiny' and world > 1 and nnodes == 1 and parts.get('store') is None:
+            parts = dict(parts, store=load_parts(**parts, seed=seed)[0])
+            check_store(config, parts['store'])
+        about = dict(model=model, preset=preset)
+        if parts['teacher'] == 'fresh': about['teacher'] = 'fresh'
+        return _launched(config, out, nproc, parts, seed=seed, resume=resume, about=about,
+                         stop_above=stop_above, nnodes=nnodes, rdzv=rdzv)
 
 # %% ../nbs/06_distill.ipynb #d77c4b12
 def start(
-    model:str='tiny', # tiny (digits), or s, b, l, xl (ImageNet 256)
+    model:str='tiny', # tiny (digits), nano (own), or s, b, l, xl (ImageNet)
     preset:str='c', # a, b, c: the rows of the paper's Table 3
     out:str='', # output folder; empty: runs/ and the name of the model
     seed:int=0, # of everything random

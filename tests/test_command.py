@@ -163,3 +163,13 @@ print(time.perf_counter() - start, *[m for m in {LAZY} if m in sys.modules])'''
     seconds = [float(f.stdout.split()[0]) for f in found]
     assert not found[0].stdout.split()[1:]
     assert min(seconds) < 1*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)), seconds
+
+def test_papermill_shows_the_running_step(tmp_path):
+    import nbformat
+    code = 'from drift_rae.engine.progress import Progress\nshow = Progress(3)\nfor i in range(3): show(i, loss=1.5)'
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=dict(kernelspec=dict(name='python3', display_name='Python', language='python')))
+    nbformat.write(book, tmp_path/'in.ipynb')
+    done = python('-m', 'papermill', 'in.ipynb', 'out.ipynb', cwd=tmp_path)
+    assert done.returncode == 0 and 'step 3/3  loss 1.5' in done.stderr and 'step 3/3  loss 1.5' in (tmp_path/'out.ipynb').read_text()
+    logged = python('-m', 'papermill', '--log-output', 'in.ipynb', 'out.ipynb', cwd=tmp_path)
+    assert logged.stderr.count('step 3/3') == 1

@@ -19,7 +19,7 @@ from ..engine.files import versions, write_json
 from ..engine.parameters import ParameterError
 from ..evaluate import load_reference
 from ..metrics.images import TensorImages, to_uint8
-from ..parts.generator import make_images
+from ..sharing.sets import make_images
 from ..worlds.data import training_digits
 
 # %% ../../nbs/commands/05_evaluate.ipynb #0658bbbe

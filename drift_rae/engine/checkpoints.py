@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from . import launch
-from drift_rae.engine.files import (
+from .files import (
     RunFolder, atomic, differences, lock_folder, remove_temporaries, sha256_of, versions,
-    write_json)
+    why_not_longer, write_json)
 from .parameters import ParameterError
 from .progress import read_log
 from .sharding import (
@@ -223,12 +223,8 @@ def _inspect(self:Checkpoints, step):
 def _refuse(self:Checkpoints, differ):
     "`ParameterError`: the folder holds another run"
     more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
-    longer = re.search(r'steps was (\d+) and is (\d+)', differ[0])
-    why = ''
-    if len(differ) == 1 and longer and int(longer[1]) < int(longer[2]):
-        why = (' (the learning rate falls over all steps, so a run of more steps is another run; '
-               'one with a constant rate would continue)')
-    raise ParameterError(f"{self.folder} holds another run: {', '.join(differ[:3])}{more}{why}; "
+    more += why_not_longer(differ)
+    raise ParameterError(f"{self.folder} holds another run: {', '.join(differ[:3])}{more}; "
                          'choose another output folder, or resume=never to start over')
 
 @patch

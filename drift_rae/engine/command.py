@@ -77,7 +77,9 @@ def _expected_end(e):
         return 1, f'{e.filename}: {e.strerror}'
     if isinstance(e, FloatingPointError) or type(e).__name__ == 'OutOfMemoryError':
         return 1, str(e).splitlines()[0]
-    return (e.exit_code, str(e)) if hasattr(e, 'exit_code') else None
+    if not hasattr(e, 'exit_code'): return None
+    stopped = re.search('by SIG(INT|TERM|HUP)|another process was stopped', str(e))
+    return 130 if stopped else e.exit_code, str(e)
 
 # %% ../../nbs/engine/06_command.ipynb #2d5d1987
 def run_command(

@@ -8,7 +8,7 @@ __all__ = ['TIMEOUT', 'GRACE', 'START', 'rank', 'world_size', 'is_main', 'device
            'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #10e5eec2
-import atexit, json, logging, multiprocessing, os, pickle, re, signal, sys, tempfile, threading
+import atexit, json, multiprocessing, os, pickle, re, signal, sys, tempfile, threading
 import time, traceback
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -19,13 +19,10 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.distributed.rendezvous import rendezvous
 from .parameters import ParameterError
-from .progress import (
-    _signals, catch_signals, follow_parent, outlive_parent, spread)
+from drift_rae.engine.progress import (
+    _signals, catch_signals, follow_parent, outlive_parent, silence_launcher, spread,
+    watch_machines)
 _all_ = ['spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #76863ea1
@@ -119,10 +116,6 @@ class LaunchError(RuntimeError):
 
 class Interrupted(LaunchError):
     "The run was ended by a signal, or by its callback; the message says what was saved"
-    @property
-    def exit_code(self)->int:
-        "Of a command that ends with it: 130 after a signal, 1 after a callback's reason"
-        return 130 if re.search('by SIG|another process was', str(self)) else 1
 
 # %% ../../nbs/engine/07_launch.ipynb #94220401
 def _environment():
@@ -151,6 +144,7 @@ def join():
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.set_device(device())
     _share_cores(gpu)
+    from torch.distributed.rendezvous import rendezvous
     _store, r, n = next(rendezvous('env://', timeout=TIMEOUT))
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', rank=r, world_size=n,
                             store=dist.PrefixStore('drift_rae', _store), timeout=TIMEOUT)
@@ -186,7 +180,7 @@ def _worker(folder, work):
     try:
         fn, args, kwargs = pickle.loads(work)
         join()
-        value = fn(*args, **kwargs)
+        with watch_machines(folder): value = fn(*args, **kwargs)
         if _signals: raise Interrupted(f'stopped by {_signals[0]}') # the value is not wanted now
         value = pickle.dumps(value) if os.environ['LOCAL_RANK'] == '0' else None
     except BaseException as e:
@@ -213,8 +207,11 @@ def _reports(folder):
 
 def _why(folder, failed, world):
     "The parent's exception when elastic_launch says that a process failed"
-    number, failure = failed.get_first_failure()
+    from torch.distributed.elastic.rendezvous import RendezvousError
     reports = _reports(folder)
+    if isinstance(failed, RendezvousError): # a machine was lost, or none was found
+        return _exception(reports[0]) if reports else LaunchError(f'no other machine: {failed}')
+    number, failure = failed.get_first_failure()
     if failure.exitcode >= 0 and reports: return _exception(reports[0]) # all hold the first
     return _died(folder, number, failure, world)
 
@@ -249,17 +246,6 @@ def _keep_handlers():
         for s, handler in handlers.items(): signal.signal(s, handler or signal.SIG_DFL)
 
 @contextmanager
-def _silence_logs():
-    "Silence the launcher's log: its errors are raised"
-    noisy = re.compile(r'torch\.(distributed\.(elastic|launcher)|multiprocessing)')
-    levels = {l: l.level for n, l in logging.root.manager.loggerDict.items()
-              if isinstance(l, logging.Logger) and noisy.match(n)}
-    for l in levels: l.setLevel(logging.CRITICAL)
-    try: yield
-    finally:
-        for l, level in levels.items(): l.setLevel(level)
-
-@contextmanager
 def _end_children():
     "End the processes that were started within and are still there"
     before = set(multiprocessing.active_children())
@@ -277,6 +263,8 @@ _first = True # whether the last launch had rank 0 on this machine
 
 def _config(folder, nproc, nnodes, rdzv):
     "Settings: c10d, spawn, no restarts, rank 0 on the console and the others' output in files"
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
     global _launches
     _launches += 1
     known = {f.name for f in fields(LaunchConfig)}
@@ -293,10 +281,13 @@ def _config(folder, nproc, nnodes, rdzv):
 def _spawn(work, nproc, nnodes, rdzv):
     "Run packed work in new processes; returns the value of this machine's first rank"
     global _first
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import ChildFailedError, SignalException, elastic_launch
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          _keep_handlers(), _silence_logs(), _end_children(), outlive_parent()):
+          _keep_handlers(), silence_launcher(), _end_children(), outlive_parent()):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
-        except ChildFailedError as e: raise _why(folder, e, nproc*nnodes) from None
+        except (ChildFailedError, RendezvousError) as e:
+            raise _why(folder, e, nproc*nnodes) from None
         except SignalException as e:
             said = [r['sentence'] for r in _reports(folder) if r['interrupted']]
             raise Interrupted(said[0] if said else f'stopped by {e.sigval.name}') from None
@@ -343,6 +334,7 @@ def launch(
     world = _environment()
     if world and not rdzv:
         _enter(world, nproc, nnodes)
+        from torch.distributed.elastic.multiprocessing.errors import record
         return fn(*args, **kwargs) if world == 1 else record(fn)(*args, **kwargs)
     nproc = _processes(nproc, nnodes, rdzv)
     if nproc*nnodes == 1: return fn(*args, **kwargs)

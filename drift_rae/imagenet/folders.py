@@ -6,7 +6,7 @@
 __all__ = ['center_crop', 'UnreadableImage', 'ClassFolder', 'digits_folder', 'unreadable_images', 'encode_folder']
 
 # %% ../../nbs/imagenet/02_folders.ipynb #960a4a58
-import hashlib, inspect, math, time
+import hashlib, inspect, math, os, time
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
-from ..engine.parameters import RESUME, ParameterError
+from ..engine.parameters import (
+    RESUME, ParameterError, as_rgb, check_choice, check_output, check_whole)
 from ..engine.progress import Progress
-from ..engine.streams import stream
+from ..engine.streams import check_seed, stream
 from ..engine.files import write_json
 from ..worlds.data import digits
 from drift_rae.worlds.latents import (
@@ -43,7 +44,7 @@ def center_crop(
 def _check_root(root):
     "Refuse a folder that does not consist of class folders"
     where = f'images {str(root)!r}'
-    if not root.is_dir(): raise ParameterError(f'{where}: there is no such folder')
+    if not os.path.isdir(root): raise ParameterError(f'{where}: there is no such folder')
     entries = [e for e in sorted(root.iterdir()) if not e.name.startswith('.')]
     loose = [e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
     if loose:
@@ -93,10 +94,9 @@ class ClassFolder(ImageFolder):
         except FileNotFoundError as e:
             raise ParameterError(f'images {str(root)!r}: {str(e).rstrip(".")}') from e
         if num_classes: _check_classes(root, self.classes, num_classes)
+        size, seed = check_whole(8, size=size), check_seed(seed)
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
-
-    def rgb(self, image): return image.convert('RGB') # a picture of any mode, before the crop
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
@@ -115,6 +115,11 @@ def _leave_out(self:ClassFolder, names:set):
     self.targets = [label for _, label in self.samples]
 
 # %% ../../nbs/imagenet/02_folders.ipynb #38777100
+@patch
+def rgb(self:ClassFolder, image:Image.Image)->Image.Image: # mode RGB
+    "A picture of any mode as three colour channels, before the crop"
+    return as_rgb(image, 'picture') # before the crop
+
 @patch
 def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
     "Image `i`, cropped; `UnreadableImage` if it is damaged, `ParameterError` if the disk fails"
@@ -164,8 +169,7 @@ def digits_folder(
     seed:int=0, # of the sizes
 )->Path: # the folder
     "Write handwritten digits as a class folder of small JPEG files of different sizes"
-    images, labels = digits()
-    g = stream(seed, 'digits folder')
+    (images, labels), g = digits(), stream(seed, 'digits folder')
     for label in range(classes):
         home = Path(folder)/f'n{label:08d}'
         home.mkdir(parents=True, exist_ok=True)
@@ -220,9 +224,8 @@ def _encode_batch(autoencoder, pixels, first, *, flip, device, precision):
     "uint8 pixels [n, 3, H, W] -> latents [n*(1 + flip), C, h, w]; `first` seeds a random posterior"
     x = pixels.to(device, non_blocking=True).float()/255
     if flip: x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1) # [2n, 3, H, W]
-    options = {}
-    if 'generator' in inspect.signature(autoencoder.encode).parameters:
-        options['generator'] = torch.Generator(device).manual_seed(first)
+    random = 'generator' in inspect.signature(autoencoder.encode).parameters
+    options = dict(generator=torch.Generator(device).manual_seed(first)) if random else {}
     kind, half = torch.device(device).type, precision == 'bfloat16'
     with torch.autocast(kind, torch.bfloat16, enabled=half): return autoencoder.encode(x, **options)
 

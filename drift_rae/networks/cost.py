@@ -8,7 +8,7 @@ __all__ = ['H100', 'GiB', 'FIELD', 'SETTINGS', 'PHASES', 'FULLEST', 'forward_flo
            'memory_plan', 'plan_table', 'show_plan']
 
 # %% ../../nbs/networks/06_cost.ipynb #e3851837
-import time, weakref
+import functools, time, weakref
 from contextlib import nullcontext
 import torch
 from torch import Tensor
@@ -30,11 +30,14 @@ def _inputs(model, n):
             torch.zeros(n, device=weight.device, dtype=torch.int64))
 
 # %% ../../nbs/networks/06_cost.ipynb #53bd76d1
+@functools.cache
 def forward_flops(
     name:str, # tiny, s, b, l or xl
+    channels:int=0, # of the latents; 0: the preset's
 )->int: # floating-point operations: a multiplication and an addition are two
     "Operations of the network's matrix products for one image"
-    with torch.device('meta'): model = DiTDH(**preset(name)).eval()
+    changes = dict(in_channels=channels) if channels else {}
+    with torch.device('meta'): model = DiTDH(**{**preset(name), **changes}).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(): model(*_inputs(model, 1))
     return counter.get_total_flops()
 
@@ -44,9 +47,10 @@ def step_flops(
     n_class:int=32, # N_c
     n_neg:int=64, # N_neg, with gradient
     n_extra_neg:int=192, # N_extra_neg, without gradient
+    channels:int=0, # of the latents; 0: the preset's
 )->int: # floating-point operations
     "Operations of the network in one step; recomputed activations are not counted"
-    return n_class*(3*n_neg + n_extra_neg)*forward_flops(name)
+    return n_class*(3*n_neg + n_extra_neg)*forward_flops(name, channels)
 
 # %% ../../nbs/networks/06_cost.ipynb #bd5f96d0
 def parameters(

@@ -13,13 +13,16 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
 from ..engine.files import load_weights
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_config, number, several, shown, text
 from .vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, _colour_buffers
 
 # %% ../../nbs/networks/07_features.ipynb #d0360f19
 def _network(name, pretrained=False):
     "A network of timm; ParameterError if there is none of this name, or it cannot be fetched"
     import timm
+    if not isinstance(name, str) or ':' in name or not timm.is_model(name):
+        raise ParameterError(f'encoder timm:{shown(name)}: accepted is a name of '
+                             'timm.list_models()')
     try: model = timm.create_model(name, pretrained=pretrained)
     except RuntimeError as e:
         raise ParameterError(f'encoder timm:{name}: {e}; accepted is a name of '
@@ -74,6 +77,11 @@ def on_grid(
     return F.pixel_unshuffle(features, 2)
 
 # %% ../../nbs/networks/07_features.ipynb #73eb90a0
+_FEATURES = dict( # what a configuration may say beside the names of network and weights
+    input_size=number(int, 8, 4096), layers=several(number(int, -1000, 1000), 1, 1000),
+    grid=number(int, 0, 256), channels=number(int, 0, 65536),
+    image_mean=several(number(float, -1e3, 1e3), 3), image_std=several(number(float, 1e-6, 1e3), 3))
+
 class FeatureEncoder(nn.Module):
     "Frozen feature maps of a timm network, joined on one grid and reduced by PCA, as tokens"
     def __init__(self,
@@ -88,6 +96,8 @@ class FeatureEncoder(nn.Module):
         weights:str='', # a file with weights instead
     ):
         super().__init__()
+        check_config(dict(input_size=input_size, layers=layers, grid=grid, channels=channels,
+                          image_mean=image_mean, image_std=image_std), 'encoder', _FEATURES)
         self.network = _network(timm, pretrained)
         if weights: assign_weights(self.network, weights)
         self.network.reset_classifier(0)

@@ -15,7 +15,7 @@ from ..engine.parameters import MODELS, RESUME, check_parameters, number, text
 from .encode import autoencoder_of
 from ..worlds.data import show_images
 
-# %% ../../nbs/own/06_distill.ipynb #f4af3ee3
+# %% ../../nbs/own/06_distill.ipynb #eaf336b6
 def sample_sheet(
     generator:OneStepGenerator, # of own pictures
     path:str|Path, # the .png file
@@ -29,7 +29,7 @@ def sample_sheet(
     names = generator.about.get('class_names') or [f'class {c}' for c in range(classes)]
     images = generator.sample([c for c in range(classes) for _ in range(each)], seed=seed)
     rows = [x.cpu() for x in images.float().split(each)]
-    figure = show_images(rows, names[:classes], scale=.55)
+    figure = show_images(rows, names[:classes], scale=.55, ink=False)
     with atomic(path) as f: figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
     plt.close(figure)
 

@@ -24,11 +24,12 @@ from .encoders import (
 from .pictures import Pictures, check_pictures, dataset_folder, read_pictures
 from ..worlds.latents import _remove_store, read_manifest
 
-# %% ../../nbs/own/04_encode.ipynb #88185cda
+# %% ../../nbs/own/04_encode.ipynb #f66c09c2
 ENCODE_RULES = dict(
-    images=text, encoder=text, out=text, size=number(int, 0), layers=text, channels=number(int, 0),
-    weights=text, networks=text, encoder_steps=number(int, 0), decoder_steps=number(int, 0),
-    flip=(False, True), dataset=text, root=text, workers=number(int, 0), seed=number(int, 0),
+    images=text, encoder=text, out=text, size=number(int, 0), layers=text,
+    channels=number(int, 0), patch=number(int, 0), weights=text, networks=text,
+    encoder_steps=number(int, 0), decoder_steps=number(int, 0), flip=(False, True),
+    dataset=text, root=text, workers=number(int, 0), seed=number(int, 0),
     resume=RESUME)
 
 def _check_bool(options):
@@ -60,19 +61,19 @@ def _released(name, size):
     if rae.encoder is None: raise ParameterError(f'encoder={name}: it has a decoder only')
     return rae, made
 
-# %% ../../nbs/own/04_encode.ipynb #a59d9540
+# %% ../../nbs/own/04_encode.ipynb #d4ee2f41
 def _trained(o, pixels, labels, out, about):
     "Encoder and decoder trained on pictures, uint8 [N, 3, size, size]; `o`: the options by name"
     images = pixels.float()/255
     common = dict(about=about, seed=o['seed'], resume=o['resume'])
     if kind_of(o['encoder']) == 'own':
-        config = own_encoder(o['size'], o['channels'] or 32)
+        config = own_encoder(o['size'], o['channels'], o['patch'])
         network = train_small_encoder(images, labels, config, out/'encoder',
-                                      steps=o['encoder_steps'] or 200, **common)
+                                      steps=o['encoder_steps'] or 150, **common)
     else:
         network = timm_encoder(o['encoder'].removeprefix('timm:'), images, o['layers'],
                                o['channels'], o['weights'])
-    decoder = train_own_decoder(network, pixels, out/'decoder', steps=o['decoder_steps'] or 700,
+    decoder = train_own_decoder(network, pixels, out/'decoder', steps=o['decoder_steps'] or 1200,
                                 networks=o['networks'], **common)
     return with_statistics(network, decoder, images).cpu()
 
@@ -113,7 +114,7 @@ def autoencoder_of(
     name = json.loads(file.read_text())['autoencoder']
     return str(Path(latents)/name) if (Path(latents)/name).is_dir() else name
 
-# %% ../../nbs/own/04_encode.ipynb #70dfdc1f
+# %% ../../nbs/own/04_encode.ipynb #92639174
 IMAGES = Param('folder with one folder of pictures for each class', str, opt=False, nargs='?')
 
 def encode(
@@ -122,11 +123,12 @@ def encode(
     out:str='runs/own/latents', # folder for the latents
     size:int=0, # side of the pictures in pixels; 0: 32 for own, 128 for timm
     layers:str='-1', # timm: feature maps that are joined, such as 2,3
-    channels:int=0, # numbers of a token; 0: 32 for own, 64 for timm
+    channels:int=0, # numbers of a token; 0: 32 to 96 for own by its patch, 64 for timm
+    patch:int=0, # own: pixels per side of a token; 0: size/4, or size/8 beyond 32 pixels
     weights:str='', # timm: a file with the network's weights; empty: from the Hub
     networks:str='', # folder with the weights of LPIPS and the discriminator; empty: without
-    encoder_steps:int=0, # updates of an own encoder; 0: 200
-    decoder_steps:int=0, # updates of the decoder; 0: 700
+    encoder_steps:int=0, # updates of an own encoder; 0: 150
+    decoder_steps:int=0, # updates of the decoder; 0: 1200
     flip:bool=False, # also store the mirror images
     dataset:str='', # cifar10, flowers102 or imagenette, by torchvision, instead of a folder
     root:str='data', # where torchvision puts a data set
@@ -166,14 +168,14 @@ def _finish(run, rae, folder, decibels, flip, workers):
 
 if __name__ == '__main__' and '__file__' in globals(): run_command(encode)
 
-# %% ../../nbs/own/04_encode.ipynb #4f1a9524
+# %% ../../nbs/own/04_encode.ipynb #eb78bb68
 COLOURED = dict(red=(1., .2, .2), green=(.1, .7, .2), blue=(.2, .3, 1.))
 
 def coloured_digits(
     folder:str|Path, # receives a folder for each colour
     per_class:int=100, # pictures of each colour
 )->Path: # the folder
-    "Write handwritten digits in colour as a folder of small pictures of different sizes"
+    "Write white digits on coloured paper as a folder of small pictures of different sizes"
     from PIL import Image
     from drift_rae.worlds.data import digits
     images = digits()[0]
@@ -182,7 +184,8 @@ def coloured_digits(
         home.mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
             ink = images[(c*per_class + i) % len(images)][:1] # [1, 16, 16]
-            x = 1 - ink*(1 - torch.tensor(colour).view(3, 1, 1)) # ink on paper
+            paper = torch.tensor(colour).view(3, 1, 1)
+            x = paper + ink*(1 - paper) # white ink
             picture = Image.fromarray((255*x).byte().permute(1, 2, 0).numpy())
             side = (24, 32, 40)[i % 3]
             picture.resize((side, side)).save(home/f'{i:03d}.{("png", "jpg", "webp")[i % 3]}')

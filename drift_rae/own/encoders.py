@@ -27,23 +27,29 @@ from ..networks.released import OFFICIAL_RAES
 from ..networks.vit import DECODERS
 from ..worlds.data import show_images
 
-# %% ../../nbs/own/03_encoders.ipynb #28907cea
+# %% ../../nbs/own/03_encoders.ipynb #8049015b
 def patch_of(
     size:int, # side of the pictures, in pixels
 )->int: # pixels per side of a token; ParameterError if the size has no such
-    "The smallest patch with at most 8 tokens per side"
-    fits = [p for p in range(4, size + 1) if size % p == 0 and size//p <= 8]
-    if not fits or size//fits[0] < 2:
-        raise ParameterError(f'size={size}: accepted is a multiple of 4 from 8, such as 32 or 64')
+    "The smallest patch with at most 4 tokens per side, or 8 for pictures beyond 32 pixels"
+    most = 4 if size <= 32 else 8
+    fits = [p for p in range(4, size//2 + 1) if size % p == 0 and size//p <= most]
+    if not fits: raise ParameterError(f'size={size}: accepted is a multiple of 4 from 8, '
+                                      'such as 16, 32 or 64')
     return fits[0]
 
 def own_encoder(
     size:int, # side of the pictures, in pixels
-    channels:int=32, # of a token
+    channels:int=0, # of a token; 0: a third of the pixels of a token in 3 colours, 32 to 96
+    patch:int=0, # pixels per side of a token; 0: as patch_of has it
 )->dict: # keywords of Encoder
-    "The configuration of a small encoder"
+    "The configuration of a small encoder; `ParameterError` for a patch that does not divide"
+    patch = patch or patch_of(size)
+    if size % patch: raise ParameterError(f'patch={patch}: it does not divide size={size}')
+    channels = channels or min(96, max(32, 16*(patch**2//16)))
+    if channels % 4: raise ParameterError(f'channels={channels}: accepted is a multiple of 4')
     return dict(arch='vit_tiny_patch16_224', input_size=size, image_mean=[.5]*3, image_std=[.5]*3,
-                patch_size=patch_of(size), embed_dim=channels, depth=3, num_heads=4,
+                patch_size=patch, embed_dim=channels, depth=3, num_heads=4,
                 class_token=False, global_pool='avg')
 
 # %% ../../nbs/own/03_encoders.ipynb #99314de9
@@ -209,7 +215,7 @@ def quality_words(
     return ('warning: poor. Generated pictures cannot be better than these reconstructions; '
             'train the decoder longer, or take more channels or smaller pictures')
 
-# %% ../../nbs/own/03_encoders.ipynb #7d0a5a67
+# %% ../../nbs/own/03_encoders.ipynb #b3cc82b8
 @torch.no_grad()
 def reconstruction_sheet(
     rae:RAE, # encoder and decoder
@@ -219,9 +225,10 @@ def reconstruction_sheet(
 ):
     "Write held-out pictures above their reconstructions"
     import matplotlib.pyplot as plt
-    x = pixels[:most].to(next(rae.parameters()).device).float()/255
+    chosen = torch.linspace(0, len(pixels) - 1, min(most, len(pixels))).long() # of all classes
+    x = pixels[chosen].to(next(rae.parameters()).device).float()/255
     made = rae.decode(rae.encode(x))
-    figure = show_images([x.cpu(), made.cpu()], ['held out', 'decoded'], scale=.55)
+    figure = show_images([x.cpu(), made.cpu()], ['held out', 'decoded'], scale=.55, ink=False)
     with atomic(path) as f: figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
     plt.close(figure)
 

@@ -21,7 +21,7 @@ from .distill import distill
 from .encode import IMAGES, _source, autoencoder_of, default_size, encode
 from .pictures import Pictures, read_pictures
 from .teach import teach
-from ..parts.generator import make_images
+from ..sharing.sets import make_images
 
 # %% ../../nbs/own/07_run.ipynb #38986c55
 def encoder_features(
@@ -71,19 +71,20 @@ def _results(out, folder, workers=0, seed=0):
     write_json(file, plain)
     return plain
 
-# %% ../../nbs/own/07_run.ipynb #4088dee0
+# %% ../../nbs/own/07_run.ipynb #adfdf60a
 def run(
     images:IMAGES='', # folder with one folder of pictures for each class
     out:str='runs/own', # output folder
     model:str='nano', # size of the network: nano, s, b, l or xl
     encoder:str='own', # own, a released RAE (dinov2-b), the folder of an RAE, or timm:NAME
     size:int=0, # side of the pictures in pixels; 0: 32 for own, 128 for timm
-    channels:int=0, # numbers of a token; 0: 32 for own, 64 for timm
+    channels:int=0, # numbers of a token; 0: 32 to 96 for own by its patch, 64 for timm
+    patch:int=0, # own: pixels per side of a token; 0: size/4, or size/8 beyond 32 pixels
     layers:str='-1', # timm: feature maps that are joined, such as 2,3
     weights:str='', # timm: a file with the network's weights; empty: from the Hub
     networks:str='', # folder with the weights of LPIPS and the discriminator; empty: without
-    encoder_steps:int=0, # updates of an own encoder; 0: 200
-    decoder_steps:int=0, # updates of the decoder; 0: 700
+    encoder_steps:int=0, # updates of an own encoder; 0: 150
+    decoder_steps:int=0, # updates of the decoder; 0: 1200
     teach_steps:int=0, # updates of the teacher; 0: the preset's
     steps:int=0, # updates of the distillation; 0: the preset's
     flip:bool=False, # also use the mirror images
@@ -101,8 +102,9 @@ def run(
     begin, out = time.perf_counter(), Path(out)
     latents, teacher = str(out/'latents'), str(out/'teacher')
     print('1 of 4: encode', flush=True)
-    made = encode(images, encoder, latents, size, layers, channels, weights, networks,
-                  encoder_steps, decoder_steps, flip, dataset, root, workers, seed, resume)
+    made = encode(images, encoder, latents, size, layers, channels, patch, weights,
+                  networks, encoder_steps, decoder_steps, flip, dataset, root, workers, seed,
+                  resume)
     print('2 of 4: teach', flush=True)
     teach(latents, teacher, model, teach_steps, nproc=nproc, seed=seed, resume=resume)
     print('3 of 4: distill', flush=True)

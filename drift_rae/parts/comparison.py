@@ -26,9 +26,9 @@ GENERATORS = ('teacher_50', 'teacher_1', 'student')
 @torch.no_grad()
 def _one_batch(job):
     "What each generator makes of one batch of noises, on the CPU"
-    teacher, student, z, y, device = job
+    teacher, student, z, y, device, guided = job
     z, y = z.to(device), y.to(device)
-    made = sample(teacher, z, y, steps=50), one_step(teacher, z, y), one_step(student, z, y)
+    made = sample(teacher, z, y, steps=50, **guided), one_step(teacher, z, y), one_step(student, z, y)
     return dict(zip(GENERATORS, (x.cpu() for x in made)))
 
 # %% ../../nbs/parts/05f_comparison.ipynb #da0a8d96
@@ -40,9 +40,10 @@ def generate_with_each(
     *, device='cpu', # where the models are
     processes:int=1, # that share the batches; several only on the CPU
     batch:int=500, # samples at a time
+    sampler:dict=None, # options of sample for the teacher's 50 points: guidance, interval, guide
 )->dict: # teacher_50, teacher_1, student -> latents [N, C, h, w], on the CPU
     "Latents of the teacher with 50 grid points, of its single step, and of the student"
-    jobs = [(teacher, student, z, y, device)
+    jobs = [(teacher, student, z, y, device, sampler or {})
             for z, y in zip(noise.split(batch), labels.split(batch))]
     made = share_work(_one_batch, jobs, processes)
     return {k: torch.cat([m[k] for m in made]) for k in GENERATORS}
@@ -124,9 +125,12 @@ def mark_done(
 def measured_before(
     out:str|Path, # output folder
     samples:int, # images per class
+    guidance:dict=None, # of the teacher, as guidance_of gives it; None: any
 )->dict|None: # the results; None if they are still to be measured
-    "What a finished run's evaluation with this number of images has measured"
+    "What a finished run's evaluation with this number of images and guidance has measured"
     try: results = json.loads((Path(out)/'done.json').read_text())['metrics']
     except (OSError, ValueError, KeyError): return None
     if not results or results['config'].get('samples_per_class') != samples: return None
+    was = results['config'].get('guidance') # a JSON list where there was a tuple
+    if guidance and was and was != json.loads(json.dumps(guidance)): return None
     return results if (Path(out)/'samples.png').is_file() else None

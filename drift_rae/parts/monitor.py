@@ -17,7 +17,7 @@ from ..engine.files import atomic, write_json
 from ..engine.streams import stream
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
-from ..worlds.latents import class_names
+from ..worlds.shards import class_names
 from ..engine import launch
 
 # %% ../../nbs/parts/05d_monitor.ipynb #9c6e933c
@@ -138,7 +138,8 @@ def write_sheet(
 ):
     "Write rows of images as one image, without margins; grey ones as ink on paper"
     x = torch.stack([r.float().cpu() for r in rows]).clamp(0, 1) # [rows, n, 3, H, W]
-    if (x.amax(2) - x.amin(2)).mean() < .02: x = 1 - x.mean(2, keepdim=True).expand_as(x)
+    grey = not names and (x.amax(2) - x.amin(2)).mean() < .02
+    if grey: x = 1 - x.mean(2, keepdim=True).expand_as(x)
     x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) # [rows*H, n*W, 3]
     times = max(1, -(-least//rows[0].shape[-1]))
     x = x.repeat_interleave(times, 0).repeat_interleave(times, 1)

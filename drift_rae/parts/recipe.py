@@ -11,7 +11,8 @@ import ast, json
 from dataclasses import asdict, dataclass, field, fields, replace
 import torch
 from fastcore.basics import patch
-from ..engine.parameters import MODELS, RESUME, ParameterError, number, text
+from ..engine.parameters import (
+    MODELS, RESUME, ParameterError, check_choice, check_positive, check_whole, number, shown, text)
 from ..engine.streams import stream
 from ..drifting import DriftConfig
 
@@ -27,8 +28,7 @@ def _check_counts(c):
     "Whole numbers from a smallest one"
     for name, low in _LEAST.items():
         v = getattr(c, name)
-        if not isinstance(v, int) or isinstance(v, bool) or v < low:
-            raise ParameterError(f'{name}={v!r}: accepted is a whole number from {low}')
+        object.__setattr__(c, name, check_whole(low, 10**12, **{name: v}))
     if c.n_neg + c.n_extra_neg < 2:
         raise ParameterError('n_neg + n_extra_neg = 1: a generated sample needs another one '
                              'to be repelled by')
@@ -37,15 +37,15 @@ def _check_counts(c):
 def _check_words(c):
     "Values from a list"
     for name, accepted in _ACCEPTED.items():
-        if getattr(c, name) not in accepted:
-            raise ParameterError(f'{name}={getattr(c, name)!r}: accepted is '
-                                 f"{' or '.join(map(str, accepted))}")
+        check_choice(accepted, **{name: getattr(c, name)})
+    if not isinstance(c.drift, DriftConfig):
+        raise ParameterError(f'drift={shown(c.drift)}: accepted is a DriftConfig')
 
 # %% ../../nbs/parts/05b_recipe.ipynb #8f3d8a59
 def _is_pair(v):
     "Two numbers from 0"
     if not isinstance(v, (tuple, list)) or len(v) != 2: return False
-    return all(isinstance(x, (int, float)) and x >= 0 for x in v)
+    return all(number(float, 0)(x) is None for x in v)
 
 # %% ../../nbs/parts/05b_recipe.ipynb #2b780ec4
 def _check_optimiser(c):
@@ -56,8 +56,8 @@ def _check_optimiser(c):
         object.__setattr__(c, name, tuple(v))
     for name, v in dict(betas=max(c.betas), ema=c.ema[0]).items():
         if v >= 1: raise ParameterError(f'{name}={getattr(c, name)}: a decay must be below 1')
-    if not isinstance(c.clip, (int, float)) or not c.clip > 0:
-        raise ParameterError(f'clip={c.clip!r}: accepted is a number above 0')
+    check_whole(0, **{'ema, warm-up': c.ema[1]})
+    check_positive(clip=c.clip)
 
 # %% ../../nbs/parts/05b_recipe.ipynb #62576d9f
 def _check_extensions(c):
@@ -150,9 +150,9 @@ _SCALES = dict( # one row per scale
     tiny     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,
                     lr=(1.25e-4, 1.25e-6), ema=(.99, 100), precision='float32',
                     checkpoint_every=100, monitor_every=100),
-    nano     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=2, steps=400,
+    nano     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,
                     lr=(2.5e-4, 2.5e-6), ema=(.99, 100), precision='float32',
-                    checkpoint_every=50, monitor_every=100),
+                    checkpoint_every=100, monitor_every=200),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000,
                     lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16', readers=8),
 )
@@ -164,13 +164,13 @@ def config_for(
     **changes, # any field of DistillConfig
 )->DistillConfig:
     "The configuration of a published run, or of its miniature"
-    if model not in MODELS:
-        raise ParameterError(f"model={model!r}: accepted is one of {', '.join(MODELS)}")
-    if preset not in ('a', 'b', 'c'):
-        raise ParameterError(f"preset={preset!r}: accepted is one of a, b, c")
+    check_choice(MODELS, model=model)
+    check_choice(('a', 'b', 'c'), preset=preset)
     values = dict(_SCALES.get(model, _SCALES['imagenet']))
     if preset != 'c': values.update(n_pos=values['n_neg'], n_extra_neg=0)
     drift = DriftConfig.preset(preset)
+    unknown = set(changes) - {f.name for f in fields(DistillConfig)}
+    if unknown: raise ParameterError(f'{min(unknown)}: accepted are the fields of DistillConfig')
     return DistillConfig(**{**values, 'drift': drift if preset == 'a' else per_class(drift),
                             **changes})
 
@@ -208,7 +208,8 @@ def _change(word):
                              f"blanks, with NAME one of {', '.join(known)}"
                              + ('' if inside else ', or drift.NAME'))
     try: return inside, name, ast.literal_eval(value)
-    except (ValueError, SyntaxError): return inside, name, value # a word
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return inside, name, value # a word
 
 # %% ../../nbs/parts/05b_recipe.ipynb #36950637
 def changed(
@@ -216,10 +217,14 @@ def changed(
     changes:str, # such as n_neg=32 lr=(1e-5,1e-7) drift.y_softmax=True
 )->DistillConfig:
     "The configuration with some fields changed; a clear message for an unknown name"
+    if not isinstance(changes, str):
+        raise ParameterError(f'changes={shown(changes)}: accepted is a string')
     outer, drift = {}, {}
     for word in changes.split():
         inside, name, value = _change(word)
-        (drift if inside else outer)[name] = value
+        place = drift if inside else outer
+        if name in place: raise ParameterError(f'changes: {name} is given twice')
+        place[name] = value
     try: return replace(config, drift=replace(config.drift, **drift), **outer)
     except (TypeError, ValueError) as e: raise ParameterError(f'changes={changes!r}: {e}') from e
 

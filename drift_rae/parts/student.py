@@ -47,5 +47,5 @@ def through_images(
     if getattr(autoencoder, 'encoder', None) is None:
         raise ParameterError(f'decode_encode=True: the autoencoder has no encoder; {accepted}')
     autoencoder.requires_grad_(False)
-    def through(x): return autoencoder.encode(autoencoder.decode(x, clamp=False))
+    def through(x): return autoencoder._encode(autoencoder.decode(x, clamp=False))
     return through, None

@@ -6,7 +6,7 @@
 __all__ = ['PRELOAD', 'physical_cores', 'processes_for', 'may_start_workers', 'prepare_workers', 'start_method', 'share_work']
 
 # %% ../../nbs/parts/05e_workers.ipynb #202bfa36
-import multiprocessing, os, pickle, sys
+import atexit, multiprocessing, os, pickle, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable
@@ -73,6 +73,14 @@ def prepare_workers():
     multiprocessing.get_context('forkserver').set_forkserver_preload(list(PRELOAD))
     forkserver.ensure_running()
     _prepared.append(True)
+
+# %% ../../nbs/parts/05e_workers.ipynb #8bbc3a05
+def _leave_at_once():
+    "Let this process, if it is a fork server, end without taking down its modules"
+    if any('multiprocessing.forkserver' in word for word in sys.orig_argv):
+        atexit.register(os._exit, 0)
+
+_leave_at_once() # the fork server imports this module
 
 # %% ../../nbs/parts/05e_workers.ipynb #a6247819
 def start_method()->str: # as multiprocessing calls it

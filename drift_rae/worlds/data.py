@@ -55,10 +55,11 @@ def training_digits(
     return torch.cat([x, *moved]), y.repeat(1+copies)
 
 # %% ../../nbs/worlds/01a_data.ipynb #a987fd0f
-def _draw(ax, image):
+def _draw(ax, image, ink=True):
     "One image [3, H, W] without axes; a grey one as ink on paper"
     red, green, blue = image
     grey = bool((red == green).all() and (red == blue).all()) or image.shape[-1] <= 32
+    grey = grey and ink
     pixels = image.mean(0) if grey else image.permute(1, 2, 0)
     ax.imshow(pixels, cmap='gray_r' if grey else None, vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
@@ -68,12 +69,13 @@ def show_images(
     rows:list, # of images [n, 3, H, W] in [0, 1], the same n in each
     titles:list, # one for each row
     scale:float=.7, # inches per image
+    ink:bool=True, # grey and small images as ink on paper; False: all images as they are
 ): # matplotlib figure
     "Draw rows of images with a title at the left of each; grey images as ink on paper"
     import matplotlib.pyplot as plt
     size = (scale*len(rows[0]), scale*len(rows)+.3)
     fig, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
     for axs, row, title in zip(axes, rows, titles):
-        for ax, image in zip(axs, row): _draw(ax, image)
+        for ax, image in zip(axs, row): _draw(ax, image, ink)
         axs[0].set_ylabel(title, rotation=0, ha='right', va='center')
     return fig

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..engine import launch
 from ..engine.sharding import fast_products
 from ..engine.streams import stream
-from ..flow import load_teacher, one_step, sample
+from ..flow import one_step, sample
 from ..parts.comparison import GENERATORS, compare_mean_tokens
 from ..parts.generator import load_generator
+from ..sharing.sets import load_guide
 from ..parts.ingredients import load_parts
 
 # %% ../../nbs/worlds/05i_evaluation.ipynb #0d1fb05f
@@ -114,7 +115,7 @@ def evaluate_run(
     device, student = launch.device(), load_generator(out).model
     half = torch.autocast(device.type, torch.bfloat16) if precision == 'bfloat16' else nullcontext()
     options = dict(sampler or {})
-    if guide: options['guide'] = load_teacher(guide, parts['model'], device)
+    if guide: options['guide'] = load_guide(guide, teacher.to(device))
     shown = rows_shown(each, store.num_classes)
     with half, fast_products():
         share = share_of_samples(teacher.to(device), student.to(device), each, batch=batch,

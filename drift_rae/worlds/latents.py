@@ -4,30 +4,28 @@
 
 # %% auto #0
 __all__ = ['LatentStore', 'sort_by_class', 'save_latents', 'describe_encoder', 'read_manifest', 'open_latents', 'prefetch',
-           'StepDraws', 'latent_store', 'class_names', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards',
-           'begin_latents', 'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
+           'latent_store', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents',
+           'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #1e50e158
-import hashlib, inspect, json, math, shutil, time, warnings
+import hashlib, inspect, json, math, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Callable
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..autoencoder import RAE
-from ..engine import launch
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, as_path, check_whole, read_json
 from ..engine.files import hash_weights
-from ..engine.streams import stream
+from ..engine.streams import check_labels, stream
 from .data import training_digits
 from .shards import (
-    DTYPES, STORED, Shards, begin_latents, check_dtype, contradictions, digest_json,
-    finish_latents, from_file, record_bytes, shard_record, to_file, write_shard)
-_all_ = ['DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents', 'finish_latents', 
+    DTYPES, STORED, Shards, begin_latents, check_dtype, check_manifest, contradictions,
+    digest_json, finish_latents, from_file, record_bytes, shard_record, to_file, write_shard)
+_all_ = ['DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents', 'finish_latents',
     'from_file', 'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #ea198bba
@@ -39,7 +37,7 @@ class LatentStore:
         dtype:torch.dtype=torch.float32, # of what is drawn; None = as it is stored
         manifest:dict=None, # of a store on disk: what made it
     ):
-        self.latents, self.counts = latents, [int(c) for c in counts]
+        self.latents, self.counts = latents, [check_whole(0, count=c) for c in counts]
         self.dtype, self.manifest = dtype, manifest or {}
         if sum(self.counts) != len(latents): raise ParameterError('the counts per class add up to '
             f'{sum(self.counts)}, but there are {len(latents)} latents')
@@ -65,6 +63,7 @@ def of_class(self:LatentStore,
     label:int, # of a class that may be empty
 )->Tensor: # [counts[label], C, h, w]
     "All latents of one class"
+    label = check_whole(0, self.num_classes-1, label=label)
     return self.rows(torch.arange(self.starts[label], self.starts[label+1]))
 
 # %% ../../nbs/worlds/02d_latents.ipynb #e4272c3a
@@ -75,8 +74,7 @@ def draw(self:LatentStore,
     generator:torch.Generator, # decides which
 )->Tensor: # [n, C, h, w]
     "n different latents of one class; a `ParameterError` if there are not so many or no such class"
-    if not 0 <= label < self.num_classes:
-        raise ParameterError(f'class {label}: this store has classes 0 to {self.num_classes-1}')
+    label, n = check_whole(0, self.num_classes-1, label=label), check_whole(0, n=n)
     count = self.counts[label]
     if n > count: raise ParameterError(f'{n} positives of class {label} were asked for, '
         f'the store has {count}: ask for fewer')
@@ -112,6 +110,7 @@ def sort_by_class(
     num_classes:int, # classes may be empty
 )->LatentStore: # in memory
     "Make a store from latents in any order"
+    labels = check_labels(labels, num_classes, n=len(latents))
     order = torch.argsort(labels, stable=True)
     return LatentStore(latents[order], torch.bincount(labels, minlength=num_classes).tolist())
 
@@ -200,17 +199,17 @@ def read_manifest(
     folder:str|Path, # of a store
 )->dict: # with a table of shards
     "The manifest of a store; a `ParameterError` if it is missing, unfinished, damaged or altered"
-    folder = Path(folder)
+    folder = as_path(folder, 'latents')
     _require_finished(folder)
     try:
-        manifest = json.loads((folder/'manifest.json').read_text())
+        manifest = read_json(folder/'manifest.json', 'the manifest of a latent store')
         unsigned = {k: v for k, v in manifest.items() if k != 'sha256'}
         if manifest.get('format') == 2 and manifest['sha256'] != digest_json(unsigned):
             raise ParameterError(f'latents {str(folder)!r}: '
                 'manifest.json was altered after it was written')
         if 'shards' not in manifest: manifest['shards'] = _one_file(folder, manifest)
         check_dtype(manifest['dtype'])
-        manifest['shape'], manifest['counts'] # must be there
+        check_manifest(manifest)
     except ParameterError: raise
     except (OSError, ValueError, KeyError, TypeError) as e:
         what = f'{type(e).__name__} {e}'
@@ -278,39 +277,6 @@ def prefetch(
             waiting.extend(pool.submit(work, s) for s in islice(steps, 1))
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/worlds/02d_latents.ipynb #252c1ab4
-class StepDraws:
-    "Batches and random numbers named by the step, for this process; batches are read ahead"
-    def __init__(self,
-        draw:Callable, # (n, generator) -> latents and labels
-        n:int, # latents of a batch that are this process's
-        steps:int, # of the run
-        seed:int, # of the run
-        readers:int, # threads
-    ):
-        self.draw, self.n, self.steps, self.seed, self.readers = draw, n, steps, seed, readers
-        self.ahead, self.waited = None, 0.
-
-    def stream(self, what:str, step:int)->torch.Generator: # on the CPU
-        "This process's stream of a step"
-        return stream(self.seed, what, step, launch.rank())
-
-    def batch(self, step:int)->tuple: # latents, labels
-        "The batch of a step; steps are asked for in order"
-        begin = time.perf_counter()
-        if self.ahead is None:
-            def prepare(s): return self.draw(self.n, self.stream('teacher batch', s))
-            self.ahead = prefetch(prepare, range(step, self.steps), readers=self.readers)
-        x, y = next(self.ahead)
-        self.waited = launch.all_max(time.perf_counter() - begin)
-        return x, y
-
-    def generator(self, step:int, device)->torch.Generator: # on the device
-        "The source of the times and the noise of a step"
-        g = self.stream('teacher noise', step)
-        if torch.device(device).type == 'cpu': return g
-        return torch.Generator(device).manual_seed(g.initial_seed())
-
 # %% ../../nbs/worlds/02d_latents.ipynb #3e6846c6
 def _encode_digits(autoencoder):
     "All training digits, encoded; the samples of a VAE are the same in all processes"
@@ -335,13 +301,6 @@ def latent_store(
     return _encode_digits(autoencoder or RAE.from_pretrained('tiny'))
 
 # %% ../../nbs/worlds/02d_latents.ipynb #69921cd4
-def class_names(
-    store, # LatentStore, or anything
-)->list: # one str for each class; empty: the store does not say
-    "Names of the classes, from the manifest of a store that was made of a user's own folders"
-    images = ((getattr(store, 'manifest', None) or {}).get('made_by') or {}).get('images') or {}
-    return list(images.get('class_names', []))
-
 def describe_store(
     store, # LatentStore, or anything with latent_shape and counts
 )->str: # 16 hexadecimal digits

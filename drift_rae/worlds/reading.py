@@ -13,7 +13,7 @@ from ..engine.launch import all_max
 from ..engine.parameters import ParameterError
 from ..engine.streams import stream
 from ..networks.cost import H100, GiB, gpu_hours, step_flops
-from ..parts.recipe import DistillConfig
+from ..parts.recipe import DistillConfig, config_for
 from ..parts.step import own_chunks, step_labels, step_samples
 from .bits import record_bytes
 from .latents import open_latents, prefetch

@@ -1,0 +1,93 @@
+"Guided sampling, a null label that was trained, guidance as a condition, several steps: from the run to the loaded generator"
+import pytest
+import torch
+
+from drift_rae.distill import start
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.engine.streams import image_noise
+from drift_rae.flow import load_teacher, one_step
+from drift_rae.parts.generator import OneStepGenerator
+from drift_rae.sharing.sets import make_images
+from drift_rae.parts.step import config_for, step_labels
+from drift_rae.parts.extrapolation import in_steps, strength_time
+
+SMALL = dict(steps=2, n_class=2, n_pos=16, n_neg=8, n_extra_neg=8, monitor_every=0, nproc=1)
+
+
+@pytest.fixture(scope='module')
+def tiny(): return OneStepGenerator.from_pretrained('tiny')
+
+
+def run(tmp_path, changes):
+    start(out=str(tmp_path/'run'), changes=changes, **SMALL)
+    return OneStepGenerator.from_pretrained(tmp_path/'run')
+
+
+def test_no_guidance_is_the_same_image_to_the_bit(tiny):
+    labels = [3, 1, 3]
+    plain = tiny.sample(labels, seed=4)
+    for more in (dict(guidance=0.), dict(guidance=None), dict(guidance=0., guide=load_teacher())):
+        assert torch.equal(plain, tiny.sample(labels, seed=4, **more))
+
+
+@pytest.mark.parametrize('guide', ['null', 'teacher'])
+def test_guidance_is_extrapolation(tiny, guide):
+    labels, weak = torch.tensor([3, 1]), load_teacher().requires_grad_(False)
+    z = image_noise(labels, tiny.autoencoder.latent_shape, 4)
+    strong = one_step(tiny.model, z, labels)
+    other = one_step(weak, z, labels) if guide == 'teacher' else one_step(tiny.model, z, torch.tensor([10, 10]))
+    made = tiny.latents(labels, seed=4, guidance=.3, guide=weak if guide == 'teacher' else 'null')
+    torch.testing.assert_close(made, strong + .3*(strong - other), atol=1e-5, rtol=0)
+
+
+def test_a_folder_carries_its_guide_and_its_strength(tiny, tmp_path):
+    for guide in ('null', load_teacher()):
+        OneStepGenerator(tiny.model, tiny.autoencoder, guide=guide, guidance=.1).save_pretrained(tmp_path)
+        again = OneStepGenerator.from_pretrained(tmp_path)
+        assert again.guidance == .1
+        wanted = tiny.sample([5], guidance=.1, guide=guide)
+        torch.testing.assert_close(again.sample([5], guidance=None), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again.sample([5]), tiny.sample([5]), atol=1e-5, rtol=0)
+        recommended = make_images(generator=tmp_path, per_class=1, block=10, extrapolation=-1)
+        assert (recommended.describe()['nfe'], recommended.describe()['extrapolation']) == (2, .1)
+
+
+def test_a_run_with_groups_without_class(tmp_path):
+    assert run(tmp_path, 'label_dropout=.5').guide == 'null'
+    dropped = [step_labels(10, 2, 0, s, .5) for s in range(50)]
+    assert all(l[1] == 10 and l[0] < 10 for l in dropped) # one of the two, always
+
+
+def test_a_run_with_guidance_as_a_condition(tmp_path):
+    made = run(tmp_path, 'strength=3. n_uncond=8')
+    assert made.guide == 'condition'
+    z = image_noise([3], made.autoencoder.latent_shape, 0)
+    with torch.no_grad(): wanted = z - made.model(z, torch.full((1,), strength_time(2.)), torch.tensor([3]))
+    torch.testing.assert_close(made.latents([3], guidance=1.), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_run_of_two_steps(tmp_path):
+    made = run(tmp_path, 'times=(1.,.5)')
+    assert made.times == (1., .5) and made.noise_shape == (2, *made.autoencoder.latent_shape)
+    z = image_noise([3], made.noise_shape, 0)
+    torch.testing.assert_close(made.latents([3]), in_steps(made.model, z, torch.tensor([3]), (1., .5)), atol=1e-5, rtol=0)
+    with pytest.raises(ParameterError, match='takes 2 steps'): made.sample([3], guidance=.1)
+    assert make_images(generator=tmp_path/'run', per_class=1, block=10).describe()['nfe'] == 2
+
+
+@pytest.mark.parametrize('changes, message', [('label_dropout=.6', 'one group of the 2'), ('strength=2.', 'n_uncond'), ('times=(.5,1.)', 'fall from 1')])
+def test_what_cannot_be_meant_is_refused(tmp_path, changes, message):
+    with pytest.raises(ParameterError, match=message): run(tmp_path, changes)
+
+
+def test_switches_that_are_off_are_not_part_of_a_recipe():
+    assert not {'label_dropout', 'strength', 'n_uncond', 'times'} & set(config_for('tiny').recipe())
+
+
+def test_a_network_without_a_null_label_is_refused(tiny):
+    from drift_rae.parts.step import check_null
+    from drift_rae.flow import DiTDH
+    net = DiTDH(**{**tiny.model.config, 'class_dropout_prob': 0.})
+    with pytest.raises(ParameterError, match='class_dropout_prob > 0'): check_null(net, config_for('tiny', label_dropout=.1))
+    with pytest.raises(ParameterError, match='no null label'):
+        OneStepGenerator(net, tiny.autoencoder).sample([1], guidance=.1)
