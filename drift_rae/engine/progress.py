@@ -229,7 +229,8 @@ class Pulse:
     ):
         self.store, self.node, self.nodes, self.first = store, node, nodes, first
         self.count, self.names = 0, [f'machine {i}' for i in range(nodes)]
-        self.seen = [('', time.monotonic())]*nodes # the last sign of each, and when it was new
+        self.answered = time.monotonic() # when the store has answered
+        self.seen = [('', self.answered)]*nodes # the last sign of each, and when it was new
 
     def look(self):
         "Give a sign, and note which machines have given a new one"
@@ -252,17 +253,21 @@ class Pulse:
         return ', '.join(self.names[i] for i in late if i != self.node)
 
 # %% ../../nbs/engine/04_progress.ipynb #50f6fb15
-def _watch_pulse(pulse, silent, end, over):
-    "Look until a machine is silent or the store is gone, then call `end` with a message"
-    answered = time.monotonic()
+def _keep_looking(pulse, silent, over):
+    "Look again and again; where the store is gone, this waits or fails"
     while not over.wait(silent/6):
-        try:
+        with suppress(Exception):
             pulse.look()
-            answered = time.monotonic()
-        except Exception: pass # no answer, or not in time
-        if lost := pulse.lost(silent):
+            pulse.answered = time.monotonic()
+
+def _watch_pulse(pulse, silent, end, over):
+    "When a machine is silent or the store is gone, call `end` with a message"
+    while not over.wait(silent/6):
+        quiet = time.monotonic() - pulse.answered
+        lost = pulse.lost(silent) if quiet < silent/2 else ''
+        if lost:
             return end(f'no sign of life from {lost} for {silent:g} s; seen from {platform.node()}')
-        if time.monotonic() - answered > silent:
+        if quiet > silent:
             others = ', '.join(n for i, n in enumerate(pulse.names) if i != pulse.node)
             return end(f'{platform.node()} has lost {others}: '
                        f'the store at {os.environ["MASTER_ADDR"]} is silent for {silent:g} s')
@@ -290,12 +295,12 @@ def watch_machines(
                           wait_for_workers=False, timeout=timedelta(seconds=max(1., silent)))
     pulse = Pulse(store, int(e['GROUP_RANK']), nodes, e['LOCAL_RANK'] == '0')
     end, over = partial(_end_with_report, folder=folder), threading.Event()
-    arguments = pulse, silent, end, over
-    threading.Thread(target=_watch_pulse, args=arguments, daemon=True).start()
+    for work, arguments in ((_keep_looking, (pulse, silent, over)),
+                            (_watch_pulse, (pulse, silent, end, over))):
+        threading.Thread(target=work, args=arguments, daemon=True).start()
     try: yield
-    finally:
-        over.set()
-        with suppress(Exception): pulse.say('done')
+    finally: over.set()
+    pulse.say('done') # not after an exception: the store may be gone
 
 # %% ../../nbs/engine/04_progress.ipynb #3a020ccf
 def _close_connections(host):

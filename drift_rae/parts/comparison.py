@@ -28,7 +28,8 @@ def _one_batch(job):
     "What each generator makes of one batch of noises, on the CPU"
     teacher, student, z, y, device, guided = job
     z, y = z.to(device), y.to(device)
-    made = sample(teacher, z, y, steps=50, **guided), one_step(teacher, z, y), one_step(student, z, y)
+    made = (sample(teacher, z, y, steps=50, **guided), one_step(teacher, z, y),
+            one_step(student, z, y))
     return dict(zip(GENERATORS, (x.cpu() for x in made)))
 
 # %% ../../nbs/parts/05f_comparison.ipynb #da0a8d96
