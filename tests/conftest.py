@@ -3,3 +3,21 @@ import os
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1'
 import torch
 torch.set_num_threads(1)
+
+def pytest_configure(config): config.addinivalue_line('markers', "slow: minutes of computation; CI leaves them out with -m 'not slow'")
+
+# The state of the process that a public call must leave as it was: the tests of this folder check it after each test
+import pytest
+
+def global_state():
+    "Threads, precision, types and modes of torch, and the working folder"
+    return dict(threads=torch.get_num_threads(), precision=torch.get_float32_matmul_precision(), gradient=torch.is_grad_enabled(),
+                dtype=torch.get_default_dtype(), deterministic=torch.are_deterministic_algorithms_enabled(),
+                inference=torch.is_inference_mode_enabled(), cudnn=(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+                folder=os.getcwd())
+
+@pytest.fixture(autouse=True)
+def state_is_left_as_it_was():
+    before = global_state()
+    yield
+    assert global_state() == before

@@ -5,6 +5,7 @@ import pytest
 from drift_rae.distill import main, start
 from drift_rae.engine.files import RunFolder
 from drift_rae.engine.parameters import ParameterError
+from drift_rae.imagenet.stage1 import start_stage1
 from drift_rae.imagenet.stage2 import start_flow
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def test_what_is_missing_at_the_end_is_made_without_training(lost, finished, mon
 
 def test_more_steps_need_a_constant_rate(tmp_path):
     start(out=str(tmp_path/'falls'), monitor_every=0, **SMALL)
-    with pytest.raises(ParameterError, match='steps was 4 and is 6.*resume=never'): start(out=str(tmp_path/'falls'), monitor_every=0, **{**SMALL, 'steps': 6})
+    with pytest.raises(ParameterError, match='steps was 4 and is 6 .the learning rate falls.*resume=never'): start(out=str(tmp_path/'falls'), monitor_every=0, **{**SMALL, 'steps': 6})
     start(out=str(tmp_path/'long'), monitor_every=0, **{**CONSTANT, 'steps': 6})
     start(out=str(tmp_path/'both'), monitor_every=0, **CONSTANT)
     rows = start(out=str(tmp_path/'both'), monitor_every=0, **{**CONSTANT, 'steps': 6})
@@ -70,6 +71,34 @@ def test_a_teachers_training_stays_finished(tmp_path):
     options = dict(out=str(tmp_path), steps=4, batch=8, samples=20, monitor_every=2)
     losses, before = start_flow(**options), content(tmp_path)
     assert start_flow(**options) == losses and content(tmp_path) == before
+
+def test_a_decoders_training_stays_finished(tmp_path, capsys):
+    options = dict(out=str(tmp_path), steps=16, batch=8)
+    rows, before = start_stage1(**options), content(tmp_path)
+    capsys.readouterr()
+    again = start_stage1(**options)
+    assert [r['l1'] for r in again] == [r['l1'] for r in rows] and content(tmp_path) == before
+    assert 'nothing is made again' in capsys.readouterr().out
+    with pytest.raises(ParameterError, match='steps was 16 and is 17'): start_stage1(**{**options, 'steps': 17})
+
+@pytest.mark.parametrize('lost', ['done.json', 'teacher.safetensors'])
+def test_the_end_of_a_teachers_training_is_made_again(lost, tmp_path):
+    options = dict(out=str(tmp_path), steps=4, batch=8, samples=20, monitor_every=2)
+    losses, before = start_flow(**options), content(tmp_path)
+    (tmp_path/lost).unlink()
+    assert start_flow(**options) == losses
+    after = content(tmp_path)
+    for name in ('teacher.safetensors', 'log.csv', 'done.json'): assert after[name] == before[name], name
+
+def test_torchrun_on_a_finished_run(finished):
+    "As a requeued job: exit 0, nothing changes, a message"
+    before = content(finished)
+    environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
+    given = [w for k, v in dict(SMALL, nproc=0, monitor_every=2, out=finished).items() for w in (f'--{k}', str(v))]
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'drift_rae.distill', *given],
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('nothing is made again') == 1 and content(finished) == before
 
 def test_papermill_shows_a_finished_run_again(tmp_path):
     environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}

@@ -6,9 +6,10 @@ from drift_rae.distill import start
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import image_noise
 from drift_rae.flow import load_teacher, one_step
-from drift_rae.parts.generator import OneStepGenerator, make_images
+from drift_rae.parts.generator import OneStepGenerator
+from drift_rae.sharing.sets import make_images
 from drift_rae.parts.step import config_for, step_labels
-from drift_rae.worlds.extrapolation import in_steps, strength_time
+from drift_rae.parts.extrapolation import in_steps, strength_time
 
 SMALL = dict(steps=2, n_class=2, n_pos=16, n_neg=8, n_extra_neg=8, monitor_every=0, nproc=1)
 

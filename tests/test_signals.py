@@ -4,7 +4,7 @@ from pathlib import Path
 import psutil, pytest
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
-SAVED_WITHIN = 5*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) # seconds; more on a busy machine
+def saved_within(): return 5*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) # seconds; more on a machine that is busy now
 SMALL = dict(n_class=2, n_pos=32, n_neg=8, n_extra_neg=24, monitor_every=0, steps=100_000)
 WAYS = {
     'python': [sys.executable, '-m', 'drift_rae.distill', '--nproc', '1'],
@@ -37,7 +37,7 @@ def alive(p):
 
 def ends(process, family, folder):
     "All processes end in time, and a checkpoint is there"
-    deadline = time.monotonic() + SAVED_WITHIN
+    deadline = time.monotonic() + saved_within()
     while time.monotonic() < deadline and (process.poll() is None or any(map(alive, family))): time.sleep(.05)
     left = [' '.join(p.cmdline())[:80] for p in family if alive(p)]
     still = process.poll() is None

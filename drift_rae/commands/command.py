@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Callable
 import drift_rae
 from ..engine.command import run_command
-from ..engine.parameters import ParameterError
 
 # %% ../../nbs/commands/01_command.ipynb #9497cc6a
 COMMANDS = dict( # sub-command -> module:function, in the order in which they are used
@@ -38,10 +37,10 @@ def _source(name):
 def load_command(
     name:str, # a key of COMMANDS
 )->Callable: # the function
-    "The function of a sub-command; `ParameterError` if this version does not have it"
+    "The function of a sub-command; `ImportError` if this version does not have it"
     if _source(name) is None:
-        raise ParameterError(f'drift_rae {name}: this version ({drift_rae.__version__}) '
-                             'does not have that command')
+        raise ImportError(f'drift_rae {name}: this version ({drift_rae.__version__}) '
+                          'does not have that command')
     module, _, function = COMMANDS[name].partition(':')
     return getattr(import_module(module), function)
 
@@ -90,7 +89,7 @@ def main(
         print(_unknown(first) if first else overview(), file=sys.stderr)
         raise SystemExit(2)
     try: function = load_command(first)
-    except ParameterError as e:
+    except ImportError as e: # of this version, or a package that is not installed
         print(e, file=sys.stderr)
         raise SystemExit(1) from None
     run_command(function, words[1:], f'drift_rae {first}')

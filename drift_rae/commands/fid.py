@@ -109,7 +109,8 @@ def share_interval(
     "Wilson's 95 % interval of a share"
     z = 1.959964
     middle, width = share + z*z/(2*n), z*(share*(1 - share)/n + z*z/(4*n*n))**.5
-    return [(middle - width)/(1 + z*z/n), (middle + width)/(1 + z*z/n)]
+    ends = [(middle - width)/(1 + z*z/n), (middle + width)/(1 + z*z/n)]
+    return [min(ends[0], share), max(ends[1], share)] # at 0 and 1 rounding would leave it out
 
 # %% ../../nbs/commands/03_fid.ipynb #994f1fd3
 def _around(value, error, low=-np.inf):
@@ -124,7 +125,7 @@ def _frechet(a, b):
     fd, error = frechet_distance(*few), frechet_error(a, b)
     out = dict(fd=dict(value=fd, interval=None))
     counts, dims = [r.statistics.n for r in (a, b)], len(a.statistics.mu)
-    if min(n or 10**9 for n in counts) <= dims: return out # too few to say what infinitely many give
+    if min(n or 10**9 for n in counts) <= dims: return out # too few to correct
     n, m = counts if counts[0] else counts[::-1]
     bias = frechet_bias(b.statistics, n, m) if n else 0.
     out['fd']['bias'] = bias
@@ -181,7 +182,8 @@ def _doubts_of_images(a, b, extractor):
         yield f'the images have {shown} pixels: part of the distance is a difference of sharpness'
     lossy = [bool(r.record.get('images', {}).get('lossy_files')) for r in (a, b) if r.size]
     if len(lossy) == 2 and lossy[0] != lossy[1]:
-        yield 'one set was compressed with loss (JPEG) and the other not: this counts as a difference'
+        yield ('one set was compressed with loss (JPEG) and the other not: this counts as a '
+               'difference')
     for r in (a, b):
         left = r.record.get('images', {}).get('left_out', 0)
         if left: yield f'{left} files could not be read and were left out'
@@ -228,8 +230,8 @@ def _read(path, extractor, name, size, n, seed, unreadable, cache, batch):
     images = open_set(path, size, n, seed, unreadable)
     if isinstance(images, NpzImages): # the file may hold moments of a larger set, too
         return load_reference(path, extractor, balls=images.n, cache=cache, batch=batch)
-    return load_reference(Watched(images, name, file=sys.stderr), extractor, balls=images.n, cache=cache,
-                          batch=batch)
+    watched = Watched(images, name, file=sys.stderr)
+    return load_reference(watched, extractor, balls=images.n, cache=cache, batch=batch)
 
 def _size_of(path):
     "How many images the other set should have if it is a generator; 0: not known"

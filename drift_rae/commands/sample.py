@@ -14,7 +14,7 @@ from ..engine.files import load_weights, weights_path
 from ..engine.parameters import ParameterError
 from ..engine.streams import stream
 from ..metrics.images import GeneratedImages, Images, write_npz, write_png
-from ..parts.generator import make_images
+from ..sharing.sets import make_images
 
 # %% ../../nbs/commands/04_sample.ipynb #4ed5c31d
 def class_names(
@@ -107,13 +107,15 @@ def _new_place(out, kind):
 
 # %% ../../nbs/commands/04_sample.ipynb #12cb5840
 def sample(
-    run:str='tiny', # the folder of a run, or tiny (digits)
+    run:str, # the folder of a run, or tiny (digits)
     labels:str='', # classes by number, range (0-9) or name, with commas; empty: all in turn
     n:int=64, # images in all
     out:str='samples', # folder of PNG files, or the npz file
     kind:str='png', # png: one file for each image; npz: one file in ADM's layout
     seed:int=0, # of the noises; the same seed gives the same images
     batch:int=50, # images that are made together
+    guidance:float=0., # w of S + w (S - weak side); 0: none, -1: the recommended one
+    guide:str='', # null, condition or a folder with a generator; empty: the recommended one
 )->Path: # where the images are
     "Write images of a one-step generator, as PNG files or as one npz file"
     if kind not in ('png', 'npz'):
@@ -123,7 +125,8 @@ def sample(
     generator = find_generator(run)
     if not generator: raise ParameterError(f'{run}: there is no generator.safetensors in it')
     out = _new_place(out, kind)
-    made = make_images(generator=generator, per_class=1, seed=seed, block=min(n, batch))
+    made = make_images(generator=generator, per_class=1, seed=seed, block=min(n, batch),
+                       extrapolation=guidance, weak=guide)
     chosen = parse_labels(labels, n, made.classes, class_names(generator))
     images = LabelledImages(made, chosen)
     seen = Watched(images, 'image', file=sys.stderr)

@@ -19,7 +19,7 @@ from ..engine.parameters import ParameterError
 from ..engine.progress import Progress
 from ..metrics.extractors import EXTRACTORS, WEIGHTS, Extractor
 from ..metrics.images import BlockImages, Images, NpzImages
-from ..parts.generator import make_images
+from ..sharing.sets import make_images
 from ..worlds.judge import load_extractor
 _all_ = ['load_extractor'] # with judge and rae among its names
 

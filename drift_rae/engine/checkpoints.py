@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from . import launch
-from drift_rae.engine.files import (
+from .files import (
     RunFolder, atomic, differences, lock_folder, remove_temporaries, sha256_of, versions,
-    write_json)
-from .parameters import ParameterError
+    why_not_longer, write_json)
+from .parameters import ParameterError, check_whole
 from .progress import read_log
 from .sharding import (
     full_optimiser_state, full_state, load_full_optimiser_state, load_full_state)
@@ -48,10 +48,10 @@ class Checkpoints:
         keep:int=3, # how many are kept
         grows:str='', # entry of identity that may be larger than before, such as 'config.steps'
     ):
-        if every < 1 or keep < 1:
-            raise ParameterError(f'every={every}, keep={keep}: both must be at least 1')
+        every, keep = check_whole(1, every=every, keep=keep)
         self.folder, self.every, self.keep, self.grows = Path(folder), every, keep, grows
-        self.identity = json.loads(json.dumps(identity)) # as it will be read: lists for tuples
+        try: self.identity = json.loads(json.dumps(identity, allow_nan=False)) # lists for tuples
+        except (TypeError, ValueError) as e: raise ParameterError(f'identity: {e}') from e
         self.writer, self.failure = None, None # a thread that writes, and the error that it met
 
     def file(self,
@@ -215,7 +215,7 @@ def _inspect(self:Checkpoints, step):
         about = json.loads(self.file(step, 'json').read_text())
         if about['step'] != step: return [], f"is of step {about['step']}, renamed"
         return self._differences(about['identity']), _damage(self.file(step), about)
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         return [], f'has an unreadable description ({type(e).__name__})'
 
 # %% ../../nbs/engine/09_checkpoints.ipynb #45fae79f
@@ -223,12 +223,8 @@ def _inspect(self:Checkpoints, step):
 def _refuse(self:Checkpoints, differ):
     "`ParameterError`: the folder holds another run"
     more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
-    longer = re.search(r'steps was (\d+) and is (\d+)', differ[0])
-    why = ''
-    if len(differ) == 1 and longer and int(longer[1]) < int(longer[2]):
-        why = (' (the learning rate falls over all steps, so a run of more steps is another run; '
-               'one with a constant rate would continue)')
-    raise ParameterError(f"{self.folder} holds another run: {', '.join(differ[:3])}{more}{why}; "
+    more += why_not_longer(differ)
+    raise ParameterError(f"{self.folder} holds another run: {', '.join(differ[:3])}{more}; "
                          'choose another output folder, or resume=never to start over')
 
 @patch

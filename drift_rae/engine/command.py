@@ -14,6 +14,13 @@ def _is_switch(action):
     "Whether an option needs no value: a bool, or an int whose comment begins with '1:'"
     return action.nargs == 0 or action.type is int and (action.help or '').startswith('1:')
 
+def _as_word(parser, action):
+    "Make an option a word in a fixed place that may be left out"
+    for name in action.option_strings: parser._option_string_actions.pop(name)
+    action.option_strings, action.nargs = [], '?'
+    parser._optionals._group_actions.remove(action)
+    parser._positionals._group_actions.append(action)
+
 def make_parser(
     function:Callable, # with documented parameters
     prog:str, # what the command is called
@@ -22,6 +29,8 @@ def make_parser(
     from fastcore.script import anno_parser
     parser = anno_parser(function, prog)
     parser.allow_abbrev = False
+    first = next((a for a in parser._actions if a.dest != 'help'), None)
+    if first and first.option_strings and first.default == '': _as_word(parser, first)
     for action in parser._actions:
         action.help = (action.help or '').replace(' (default: )', '')
         if action.nargs is None and _is_switch(action):
@@ -68,7 +77,9 @@ def _expected_end(e):
         return 1, f'{e.filename}: {e.strerror}'
     if isinstance(e, FloatingPointError) or type(e).__name__ == 'OutOfMemoryError':
         return 1, str(e).splitlines()[0]
-    return (e.exit_code, str(e)) if hasattr(e, 'exit_code') else None
+    if not hasattr(e, 'exit_code'): return None
+    stopped = re.search('by SIG(INT|TERM|HUP)|another process was stopped', str(e))
+    return 130 if stopped else e.exit_code, str(e)
 
 # %% ../../nbs/engine/06_command.ipynb #2d5d1987
 def run_command(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['atomic', 'remove_temporaries', 'write_json', 'save_weights', 'load_weights', 'weights_path', 'fill', 'hash_weights',
-           'project_path', 'versions', 'differences', 'lock_folder', 'RunFolder', 'sha256_of']
+           'project_path', 'versions', 'differences', 'lock_folder', 'RunFolder', 'sha256_of', 'why_not_longer']
 
 # %% ../../nbs/engine/03_files.ipynb #af80cd45
-import errno, hashlib, json, os, secrets, shutil, sys, time
+import errno, hashlib, json, os, re, secrets, shutil, sys, time
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 import drift_rae
 from fastcore.basics import patch
 from torch import nn
-from .parameters import ParameterError
+from .parameters import (
+    ParameterError, _no_constant as _constant, check_choice, check_file, check_output, read_json, shown)
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
@@ -37,7 +38,7 @@ def atomic(
     path:str|Path, # the file to appear
 ):
     "Yield a temporary path beside `path`; rename it on success, remove it on failure"
-    path = Path(path)
+    path = check_output(path, name='file')
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     mode = temporary.stat().st_mode & 0o777 # as the umask has it
@@ -63,7 +64,10 @@ def write_json(
     data, # what JSON can hold; no NaN and no infinity
 ):
     "Write `data` as indented JSON, atomically; `ValueError` for NaN, which JSON does not have"
-    with atomic(path) as f: f.write_text(json.dumps(data, indent=1, allow_nan=False)+'\n')
+    try: text = json.dumps(data, indent=1, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ParameterError(f'{path}: JSON cannot hold this ({e})') from e
+    with atomic(path) as f: f.write_text(text+'\n')
 
 # %% ../../nbs/engine/03_files.ipynb #f2c203a6
 def save_weights(
@@ -83,14 +87,15 @@ def load_weights(
 )->tuple: # (name -> tensor, config)
     "Read what `save_weights` wrote; `ParameterError` if the file is missing or damaged"
     from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file():
-        raise ParameterError(f"no file {path}: expected weights in safetensors format")
+    path = check_file(path, 'weights in safetensors format')
     try:
         with safe_open(str(path), framework='pt') as f:
-            config = json.loads((f.metadata() or {}).get('config', '{}'))
-            return {k: f.get_tensor(k) for k in f.keys()}, config
-    except (SafetensorError, json.JSONDecodeError) as e:
+            config = json.loads((f.metadata() or {}).get('config', '{}'), parse_constant=_constant)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, ValueError, RecursionError, OSError) as e:
         raise ParameterError(f"{path} is not a whole safetensors file ({e})") from e
+    if isinstance(config, dict): return tensors, config
+    raise ParameterError(f'{path}: the configuration is {shown(config)}, not a dictionary')
 
 # %% ../../nbs/engine/03_files.ipynb #3da6dbea
 def weights_path(
@@ -126,6 +131,10 @@ def fill(
     if problem:
         raise ParameterError(f'{path} holds another architecture: '
                              f'of {len(wanted)} tensors, {problem}')
+    for k, v in state.items():
+        if wanted[k].is_floating_point() and not (v.is_floating_point() and v.isfinite().all()):
+            raise ParameterError(f'{path}: {k} is {str(v.dtype)[6:]} with NaN or infinity, or not '
+                                 'floating point; accepted are finite floating-point weights')
     def own(v): return v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True)
     model.load_state_dict({k: own(v) for k, v in state.items()}, strict=True, assign=True)
     return model.eval()
@@ -184,7 +193,7 @@ def lock_folder(
 ): # the lock; it lasts as long as this object, None on Windows
     "Keep other runs out of a folder; `ParameterError` if one is there"
     if fcntl is None: return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    check_output(folder, folder=True).mkdir(parents=True, exist_ok=True)
     locked = open(Path(folder)/name, 'a')
     try: fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -232,19 +241,33 @@ def _damaged(self:RunFolder, about):
     return [n for n, p in files.items() if not p.is_file() or sha256_of(p) != about['files'][n]]
 
 # %% ../../nbs/engine/03_files.ipynb #497774ce
+def why_not_longer(
+    differ:list, # of differences, between the run in a folder and this one
+)->str: # in brackets; empty if the steps are not all that differs, or fewer than before
+    "Why a run cannot be continued with more steps"
+    found = '' if len(differ) != 1 else differ[0]
+    longer = re.fullmatch(r'.*steps was (\d+) and is (\d+)', found)
+    if not longer or int(longer[1]) >= int(longer[2]): return ''
+    return (' (the learning rate falls over all steps, so a run of more steps is another run; '
+            'one with a constant rate would continue)')
+
 @patch
 def done(self:RunFolder)->dict|None: # identity, files, metrics; None if the run is not finished
     "What a finished run of this identity has left; `ParameterError` if another run is finished"
-    try: about = json.loads(self.file.read_text())
-    except FileNotFoundError: return None
-    except (ValueError, OSError):
+    if not self.file.is_file(): return None
+    try:
+        about = read_json(self.file, keys=('identity', 'files'))
+        if not all(Path(n).name == n for n in about['files']): raise ParameterError('other places')
+        if not isinstance(about['files'], dict): raise ParameterError('no table of files')
+    except (ParameterError, TypeError):
         print(f'{self.file} is damaged: the end of the run is made again', flush=True)
         return None
     differ = differences(about.get('identity'), self.identity)
     if differ:
         if self.grown(about.get('identity')): return None
-        raise ParameterError(f"{self.folder} holds another run, finished: {', '.join(differ[:3])}; "
-                             'choose another output folder, or resume=never to start over')
+        raise ParameterError(f"{self.folder} holds another run, finished: {', '.join(differ[:3])}"
+                             f'{why_not_longer(differ)}; choose another output folder, '
+                             'or resume=never to start over')
     damaged = self._damaged(about)
     if not damaged: return about
     print(f"{self.folder}: {', '.join(damaged)} of the finished run is missing or damaged "
@@ -286,6 +309,7 @@ def begin(self:RunFolder,
     resume:str='auto', # 'auto', 'never' or 'must'
 )->dict|None: # what done.json holds, if the run is finished
     "Look what is in the folder, before the first file is written; a finished run is not touched"
+    check_choice(('auto', 'never', 'must'), resume=resume)
     self.locked = None # of a call before
     self.locked = lock_folder(self.folder, '.run.lock')
     found = None if resume == 'never' else self.done()

@@ -8,10 +8,9 @@ __all__ = ['check_sha256', 'fetch_file', 'is_repository', 'hub_folder', 'read_ch
 # %% ../../nbs/engine/05_hub.ipynb #d75efada
 import hashlib, os, pickle, re, zipfile
 from pathlib import Path
-import huggingface_hub, torch
-from huggingface_hub import constants, errors
+import torch
 from torch import Tensor
-from .parameters import ParameterError
+from .parameters import ParameterError, check_file, shown
 
 # %% ../../nbs/engine/05_hub.ipynb #c2e1ca31
 def check_sha256(
@@ -20,7 +19,7 @@ def check_sha256(
 ):
     "`ParameterError` if the file's SHA-256 is another"
     if not sha256: return
-    with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(check_file(path, 'a file with this sha256'), 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
     if found == sha256.lower(): return
     raise ParameterError(f"{path} is not the file that was expected: "
                          f"its sha256 is {found}, expected {sha256}")
@@ -28,6 +27,7 @@ def check_sha256(
 # %% ../../nbs/engine/05_hub.ipynb #4f70f518
 def _offline():
     "Whether the Hub's client is told to stay away from the network"
+    from huggingface_hub import constants
     set_now = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')
     return constants.HF_HUB_OFFLINE or set_now
 
@@ -36,11 +36,15 @@ def _first_line(e):
     return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 # %% ../../nbs/engine/05_hub.ipynb #9aa93823
-_FAILURES = (errors.RepositoryNotFoundError, errors.HFValidationError, errors.RevisionNotFoundError,
-             errors.EntryNotFoundError, OSError, RuntimeError) # what a download may raise
+def _failures():
+    "What a download may raise"
+    from huggingface_hub import errors as e
+    return (e.RepositoryNotFoundError, e.HFValidationError, e.RevisionNotFoundError,
+            e.EntryNotFoundError, OSError, RuntimeError)
 
 def _reason(e, repo, path, offline):
     "Why a download failed, in words; the order matters, because some types are subclasses"
+    from huggingface_hub import errors
     if isinstance(e, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         return 'there is no such repository, or it is not public'
     if isinstance(e, errors.RevisionNotFoundError): return 'the repository has no such revision'
@@ -60,11 +64,17 @@ def fetch_file(
     cache:str|Path=None, # where fetched files are kept; None = the client's own place
 )->Path: # the file on this machine
     "Fetch one file, or take it from the cache; `ParameterError` says why if that is impossible"
+    import huggingface_hub # its network client takes half a second
+    parts = Path(str(path)).parts
+    if not is_repository('hf:' + str(repo).removeprefix('hf:')) or not parts or '..' in parts or \
+            Path(str(path)).is_absolute():
+        raise ParameterError(f'{shown(repo)}, {shown(path)}: accepted are a repository owner/name '
+                             'and the path of a file inside it')
     offline, repo = _offline(), str(repo).removeprefix('hf:')
     try:
         found = Path(huggingface_hub.hf_hub_download(
             repo, path, revision=revision, cache_dir=cache, local_files_only=offline))
-    except _FAILURES as e:
+    except _failures() as e:
         what = f'no file {path} of the Hugging Face repository {repo}'
         if revision: what += f' at revision {revision}'
         raise ParameterError(f'{what}: {_reason(e, repo, path, offline)}') from e
@@ -106,8 +116,7 @@ def hub_folder(
 # %% ../../nbs/engine/05_hub.ipynb #e88fe37f
 def _load_checkpoint(path):
     "The content of a PyTorch checkpoint, memory-mapped if possible; `ParameterError` if damaged"
-    if not Path(path).is_file():
-        raise ParameterError(f'no file {path}: expected a PyTorch checkpoint')
+    path = check_file(path, 'a PyTorch checkpoint')
     mapped = zipfile.is_zipfile(path)
     damaged = RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)

@@ -18,9 +18,9 @@ from torch import nn
 from . import launch
 from .checkpoints import Checkpoints, collect_state, restore_state
 from .files import atomic
-from .parameters import ParameterError
+from .parameters import RESUME, ParameterError, check_choice, check_whole, number, several
 from .progress import Progress, read_log
-from .sharding import clip_grad_norm, wrap
+from .sharding import clip_grad_norm, worth_a_line, wrap
 _all_ = ['Checkpoints', 'read_log']
 
 # %% ../../nbs/engine/10_training.ipynb #75d7336d
@@ -57,7 +57,6 @@ def ema_update(
 class Log:
     "The figures of each step as CSV, and for TensorBoard if that is installed"
     read = staticmethod(read_log)
-
     def __init__(self,
         path:str|Path, # the .csv file; TensorBoard's files go beside it
         rows=(), # of the steps before
@@ -72,7 +71,6 @@ class Log:
         with atomic(self.path) as f, open(f, 'w', newline='') as self.file:
             for row in rows: self._write(row)
         self.file = open(self.path, 'a', newline='')
-
     def _write(self, row):
         "Write one row, before the first one the names"
         if self.names is None:
@@ -271,11 +269,12 @@ def _finish(self:_Run, step, stop, reason, caught):
 def _reporter(run, start, shown):
     "Returns (report, close): report(row) adds to the table and the progress line"
     name = f'{run.name} from {start}:' if start else run.name
-    progress = Progress(run.steps - start, name)
+    steps = run.steps - start
+    progress = Progress(steps, name)
     table = Log(run.log, run.rows) if run.log and launch.is_main() else None
     def report(row):
         if table: table(row)
-        if launch.is_main():
+        if launch.is_main() and worth_a_line(row['step'] - start, steps):
             progress(row['step'] - start, **(shown(row) if shown else dict(loss=row['loss'])))
     return report, table.close if table else lambda: None
 
@@ -322,6 +321,12 @@ def train(
     shown:Callable=None, # row -> figures of the progress line; None: the loss
 )->list: # one dict per step
     "AdamW with clipped gradients, a schedule and an EMA, resumable to the bit"
+    if not isinstance(model, nn.Module) or not callable(step_fn):
+        raise ParameterError(f'{type(model).__name__}, {step_fn}: accepted are a module, a function')
+    steps, _ = check_whole(1, steps=steps), check_choice(RESUME, resume=resume)
+    check_choice(('ddp', 'fsdp'), sharding=sharding)
+    if not callable(lr) and (problem := several(number(float, 0), 2)(lr)):
+        raise ParameterError(f'lr={lr}: accepted is {problem}')
     network, average = _networks(model, average, sharding)
     schedule = lr if callable(lr) else partial(linear_decay, steps=steps, start=lr[0], end=lr[1])
     run = _Run(model, network, average, _adamw(model, schedule(0), betas, weight_decay), schedule,
@@ -336,6 +341,7 @@ def fit(
     **options, # as in train
 )->list: # loss of each step
     "`train` for a step that is one loss and one backward pass"
+    if not callable(loss_fn): raise ParameterError(f'loss_fn={loss_fn}: accepted is a function')
     both = len(inspect.signature(loss_fn).parameters) > 1
     def step_fn(step, network):
         loss = loss_fn(step, network) if both else loss_fn(step)

@@ -58,7 +58,8 @@ def full_precision(
     device:torch.device, # where the computation runs
 ):
     "No gradient, no autocast, and float32 products in float32, whatever the training loop has set"
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    cpu = getattr(torch.backends.mkldnn, 'matmul', None) # since torch 2.9
+    backends = torch.backends.cuda.matmul, cpu
     modules = [m for m in backends if hasattr(m, 'fp32_precision')]
     # the second setting is that of torch before 2.9
     name, value = ('fp32_precision', 'ieee') if modules else ('allow_tf32', False)

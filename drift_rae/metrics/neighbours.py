@@ -10,6 +10,8 @@ __all__ = ['ball_radii', 'precision_recall', 'nearest_neighbours', 'KernelDistan
 from typing import NamedTuple
 import numpy as np
 import torch
+from ..engine.parameters import ParameterError, check_positive, check_whole
+from ..engine.streams import check_labels
 from drift_rae.metrics.frechet import (
     FeatureStatistics, _pair, as_features, frechet_bias, frechet_distance, frechet_interval,
     statistics)
@@ -101,8 +103,7 @@ def precision_recall(
     radii=None, # of the balls of the real images [M], by ball_radii; None: computed
 )->tuple: # (precision, recall)
     "Precision and recall by k-nearest-neighbour balls, in blocks, exact in float64"
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k={k!r}: accepted is a whole number of at least 1")
+    k, _ = check_whole(1, k=k), check_positive(memory=memory)
     gen, real = _pair(gen, real, k+1, ('the generated features', 'the real features'))
     of_real, of_gen = _block(len(real), memory), _block(len(gen), memory)
     if radii is None: radii = _radii(real, k, of_real)
@@ -151,6 +152,8 @@ def kernel_distance(
     seed:int=2020, # of the subsets, torch-fidelity's default
 )->KernelDistance: # mean and standard deviation over the subsets
     "Kernel (Inception) distance with torch-fidelity's defaults and its random subsets"
+    subsets, subset_size = check_whole(1, subsets=subsets), check_whole(2, subset_size=subset_size)
+    seed = check_whole(0, 2**32-1, seed=seed)
     a, b = _pair(a, b, subset_size)
     rng = np.random.RandomState(seed)
     a, b = a.double(), b.double()
@@ -171,6 +174,7 @@ def inception_score(
     seed:int=2020, # of the shuffle before splitting, torch-fidelity's default
 )->tuple: # (mean, standard deviation over the parts)
     "The Inception score with torch-fidelity's defaults and its shuffle"
+    splits, seed = check_whole(1, splits=splits), check_whole(0, 2**32-1, seed=seed)
     x = as_features(logits, 'the logits', splits).double()
     x = x[torch.from_numpy(np.random.RandomState(seed).permutation(len(x)))]
     scores = [_score(x[i*len(x)//splits:(i+1)*len(x)//splits]) for i in range(splits)]
@@ -191,7 +195,13 @@ def evaluate_features(
     seed:int=0, # of the bootstrap
 )->dict: # fd, fd_bias, n, n_real, and what was asked for
     "The metrics of one set of generated features against a reference"
-    gen = as_features(gen, 'the generated features')
+    gen, (bootstrap, kernel) = (as_features(gen, 'the generated features'),
+                                check_whole(0, bootstrap=bootstrap, kernel=kernel))
+    if labels is not None:
+        labels = check_labels(labels, n=len(gen))
+        predicted = check_labels(predicted, n=len(gen), name='predicted')
+    if logits is not None and len(logits) != len(gen):
+        raise ParameterError(f'{len(logits)} logits for {len(gen)} images: accepted are as many')
     known = isinstance(real, FeatureStatistics)
     s = real if known else statistics(as_features(real, 'the real features'))
     out = dict(fd=frechet_distance(gen, real), fd_bias=frechet_bias(s, len(gen), s.n),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_images, check_tensor
 from ..engine.files import hash_weights, load_weights, weights_path
 from ..engine.streams import stream
 from ..engine.training import fit
@@ -42,9 +42,8 @@ class Judge(nn.Module):
 
     def pooled(self, images:Tensor)->Tensor:
         "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1], else ValueError"
-        if images.ndim != 4 or images.shape[1:] != (3, 16, 16):
-            raise ValueError(f'images have shape {tuple(images.shape)}: '
-                             f'the judge of the miniature expects [N, 3, 16, 16]')
+        check_tensor(images, 'N 3 16 16', 'images')
+        check_images(images)
         return self.body(images.mean(1, keepdim=True)).mean((2, 3))
 
     def features(self, images:Tensor)->Tensor:
