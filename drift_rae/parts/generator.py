@@ -87,7 +87,8 @@ def _number(names, label):
 def _numbers(generator, labels):
     "Labels of any kind, also one alone or by name, as a list of ints"
     if isinstance(labels, (str, int, np.integer)): labels = [labels]
-    if isinstance(labels, (list, tuple)) or getattr(labels, 'dtype', np.dtype(int)).type is np.str_:
+    if isinstance(labels, np.ndarray) and labels.dtype.kind == 'U': labels = labels.tolist()
+    if isinstance(labels, (list, tuple)):
         labels = [_number(generator.class_names, l) for l in labels]
     return check_labels(labels, generator.model.num_classes).tolist()
 
@@ -300,7 +301,8 @@ def _figures_beside(folder):
     except ParameterError: return {}
 
 # %% ../../nbs/parts/05a_generator.ipynb #18ec5d8d
-_ENTRIES = {'model', 'decoder', 'eps', 'sdvae', 'about', 'guide', 'guide_model', 'guidance', 'times'}
+_ENTRIES = {'model', 'decoder', 'eps', 'sdvae', 'about', 'guide', 'guide_model', 'guidance',
+            'times'}
 
 def load_generator(
     name_or_path:str|Path='tiny', # tiny (shipped), a folder, or a Hugging Face repository

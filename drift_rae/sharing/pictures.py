@@ -69,7 +69,7 @@ def to_images(
     size:int=0, # pixels of a side that is wanted; 0: any
     crop:bool=False, # cut pictures of another size: see crop_to; else they are refused
 )->Tensor: # [N, 3, H, W] in [0, 1]; floating point stays as it is
-    "Pictures of any kind as images; `ParameterError` for a kind, range or size that is not accepted"
+    "Pictures of any kind as images; `ParameterError` for other kinds, ranges or sizes"
     parts = list(_each(x if isinstance(x, (list, tuple)) else [x]))
     if not parts: raise ParameterError('images: the list is empty')
     parts = [check_images(part) for part in parts]
