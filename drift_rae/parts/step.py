@@ -57,7 +57,6 @@ def _noise_shape(shape, config, seed, step):
     steps = torch.randint(len(config.times), (), generator=stream(seed, 'steps', step))
     return (steps.item() + 1, *shape)
 
-# %% ../../nbs/parts/05c_step.ipynb #a69124f5
 def _real_samples(store, label, config, g):
     "The positives of a group, and after them the unconditional negatives, from its own stream"
     if label == store.num_classes: pos = store.batch(config.n_pos, g)[0]
@@ -158,7 +157,6 @@ def _ends(network, z, labels, config, strengths):
     t = torch.tensor([strength_time(strengths[l]) for l in labels], device=z.device)
     return z - network(z, t.to(z.dtype), y)
 
-# %% ../../nbs/parts/05c_step.ipynb #d12a0278
 def _generated(network, z, labels, config, seen=None, strengths=None):
     "Generated latents and what the field sees of them; one label for each noise"
     with _precision(z, config):
