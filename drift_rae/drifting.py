@@ -99,7 +99,8 @@ class DriftConfig:
     def __post_init__(self):
         t = self.temperatures
         if not isinstance(t, (tuple, list)): t = [t]
-        object.__setattr__(self, 'temperatures', tuple(float(check_positive(temperatures=x)) for x in t))
+        t = tuple(float(check_positive(temperatures=x)) for x in t)
+        object.__setattr__(self, 'temperatures', t)
         _check_config(self)
 
 # %% ../nbs/04_drifting.ipynb #f9feb063

@@ -92,7 +92,8 @@ def forward(self:Encoder,
     "Encode images of any size; a ValueError if the shape is not that of RGB images"
     check_tensor(images, 'N 3 H W', 'images')
     if min(images.shape[2:]) < 1:
-        raise ParameterError(f'images of shape {list(images.shape)}: accepted are images with pixels')
+        raise ParameterError(f'images of shape {list(images.shape)}: accepted are images with '
+                             'pixels')
     size = (self.input_size, self.input_size)
     if images.shape[-2:] != size:
         images = F.interpolate(images, size=size, mode='bicubic', align_corners=False)
