@@ -295,11 +295,13 @@ def watch_machines(
                           wait_for_workers=False, timeout=timedelta(seconds=max(1., silent)))
     pulse = Pulse(store, int(e['GROUP_RANK']), nodes, e['LOCAL_RANK'] == '0')
     end, over = partial(_end_with_report, folder=folder), threading.Event()
-    for work, arguments in ((_keep_looking, (pulse, silent, over)),
-                            (_watch_pulse, (pulse, silent, end, over))):
-        threading.Thread(target=work, args=arguments, daemon=True).start()
+    looking = threading.Thread(target=_keep_looking, args=(pulse, silent, over), daemon=True)
+    arguments = pulse, silent, end, over
+    looking.start()
+    threading.Thread(target=_watch_pulse, args=arguments, daemon=True).start()
     try: yield
     finally: over.set()
+    looking.join(silent) # so that its last sign comes before this one
     pulse.say('done') # not after an exception: the store may be gone
 
 # %% ../../nbs/engine/04_progress.ipynb #3a020ccf
