@@ -49,7 +49,7 @@ def check_labels(
     "Labels as a tensor; `ParameterError` for other kinds of numbers, numbers outside, or too few"
     x = _label_tensor(labels, name)
     if n is not None and len(x) != n:
-        raise ParameterError(f'{name}: there are {len(x)}; accepted are {n}, one for each sample')
+        raise ParameterError(f'{name}: there are {len(x)}, {n} are accepted: one label each')
     low, high = (int(x.min()), int(x.max())) if len(x) else (0, 0)
     if low < 0 or high >= (classes or LARGEST):
         wrong = low if low < 0 else high
