@@ -269,9 +269,8 @@ def _finish(self:_Run, step, stop, reason, caught):
 # %% ../../nbs/engine/10_training.ipynb #fe7b20d5
 def _reporter(run, start, shown):
     "Returns (report, close): report(row) adds to the table and the progress line"
-    name = f'{run.name} from {start}:' if start else run.name
     steps = run.steps - start
-    progress = Progress(steps, name)
+    progress = Progress(steps, f'{run.name} from {start}:' if start else run.name)
     table = Log(run.log, run.rows) if run.log and launch.is_main() else None
     def report(row):
         if table: table(row)
@@ -323,8 +322,7 @@ def train(
 )->list: # one dict per step
     "AdamW with clipped gradients, a schedule and an EMA, resumable to the bit"
     if not isinstance(model, nn.Module) or not callable(step_fn):
-        raise ParameterError(f'{type(model).__name__}, {step_fn}: accepted are a module and a '
-                             'function')
+        raise ParameterError(f'{type(model).__name__}, {step_fn}: accepted is a module, a function')
     steps, _ = check_whole(1, steps=steps), check_choice(RESUME, resume=resume)
     check_choice(('ddp', 'fsdp'), sharding=sharding)
     if not callable(lr) and (problem := several(number(float, 0), 2)(lr)):
