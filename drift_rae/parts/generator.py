@@ -83,7 +83,6 @@ def _number(names, label):
     if label in names: return names.index(label)
     raise ParameterError(f'label {label!r}: accepted is a number from 0 to {len(names)-1}, or the '
                          f"name of a class: {', '.join(names[:12])}")
-
 def _numbers(generator, labels):
     "Labels of any kind, also one alone or by name, as a list of ints"
     if isinstance(labels, (str, int, np.integer)): labels = [labels]
