@@ -99,7 +99,8 @@ class DriftConfig:
     def __post_init__(self):
         t = self.temperatures
         if not isinstance(t, (tuple, list)): t = [t]
-        object.__setattr__(self, 'temperatures', tuple(float(check_positive(temperatures=x)) for x in t))
+        t = tuple(float(check_positive(temperatures=x)) for x in t)
+        object.__setattr__(self, 'temperatures', t)
         _check_config(self)
 
 # %% ../nbs/04_drifting.ipynb #f9feb063
@@ -276,7 +277,7 @@ def _rms(c, coordinate, mean_square):
 # %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, c, generator, chunk, group, classes):
     "Sum of normalised fields [B, N, D], minus d loss / d gen over that sum [B], info"
-    if not isinstance(c, DriftConfig): raise ParameterError(f'config={c!r}: accepted is a DriftConfig')
+    if not isinstance(c, DriftConfig): raise ParameterError(f'config={c!r}: not a DriftConfig')
     neg = gen[:, :0] if neg is None else neg
     check_samples(gen, pos, neg, weights, classes, chunk)
     moving, rms = c.perturbation != 'off', c.normalisation == 'rms'

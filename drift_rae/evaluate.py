@@ -55,7 +55,8 @@ def save_reference(
     if len(statistics.mu) != extractor.dims:
         raise ParameterError(f'statistics of {len(statistics.mu)} dimensions: accepted are '
                              f'{extractor.dims}, those of {extractor.name}')
-    more = {} if balls is None else dict(balls=_balls('balls', np.asarray(balls), extractor).numpy())
+    if balls is None: more = {}
+    else: more = dict(balls=_balls('balls', np.asarray(balls), extractor).numpy())
     made_by = json.dumps(extractor.describe(), sort_keys=True)
     with atomic(path) as f, open(f, 'wb') as handle:
         np.savez(handle, mu=statistics.mu.numpy(), sigma=statistics.sigma.numpy(),

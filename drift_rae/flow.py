@@ -284,14 +284,12 @@ def train_teacher(
             waited = dict(seconds_waiting=draws.waited) if draws else {}
             return dict(launch.all_mean(dict(loss=loss)), **waited)
         def rate(step): return hold_linear(step, steps, flow.hold, *flow.lr)
-        def report(step, row): return callback(step, row, average)
         try: rows = train(
             model, step_fn, steps=steps, lr=rate, betas=flow.betas,
             weight_decay=flow.weight_decay, clip=flow.clip, average=average, decay=flow.ema,
-            state=dict(randomness=randomness), name='teacher', callback=callback and report,
-            **options)
-        finally:
-            if draws and draws.ahead: draws.ahead.close()
+            state=dict(randomness=randomness), name='teacher', **options,
+            callback=callback and (lambda step, row: callback(step, row, average)))
+        finally: draws and draws.close()
     return average, [r['loss'] for r in rows]
 
 # %% ../nbs/05_flow.ipynb #fdbb1c73

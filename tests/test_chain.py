@@ -34,13 +34,13 @@ def measure_images(folder):
     "One image of each class by the written generator, and their distance to the pictures by features of random weights"
     from drift_rae.evaluate import evaluate_images, load_extractor, load_reference
     from drift_rae.imagenet.folders import ClassFolder
-    from drift_rae.metrics.images import FolderImages, TensorImages
+    from drift_rae.metrics.images import TensorImages
     from drift_rae.sharing.sets import make_images
-    inception = load_extractor('inception', 'random')
+    judge = load_extractor('dinov2', 'random') # Inception's score needs more images
     pictures = ClassFolder(f'{folder}/pictures', 256)
     real = TensorImages(torch.stack([pictures.pixels(i) for i in range(len(pictures))]))
     made = make_images(generator=f'{folder}/run', per_class=1, block=2)
-    metrics, record = evaluate_images(TensorImages(made.read(range(2)), **made.name), load_reference(real, inception), inception, k=1)
+    metrics, record = evaluate_images(TensorImages(made.read(range(2)), **made.name), load_reference(real, judge), judge, k=1)
     Path(folder, 'metrics.json').write_text(json.dumps(dict(size=made.size, metrics=metrics, record=record)))
 
 @pytest.mark.slow

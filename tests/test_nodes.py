@@ -62,7 +62,7 @@ def test_a_machine_is_cut_off_and_the_run_continues(n, tmp_path):
     (tmp_path/'alone').mkdir(); (tmp_path/'cut').mkdir()
     launch(node_runs.work, str(tmp_path/'alone'), 0., nproc=n)
     with Machines(n, tmp_path) as machines:
-        running = machines.start(tmp_path/'cut', .5)
+        running = machines.start(tmp_path/'cut', 3.) # slow enough for the cut to come between
         try:
             wait_for(machines.said[0], 'finished step 5')
             machines.cable(n, 'down')

@@ -15,8 +15,9 @@ import torch
 import drift_rae
 from fastcore.basics import patch
 from torch import nn
-from .parameters import (
-    ParameterError, _no_constant as _constant, check_choice, check_file, check_output, read_json, shown)
+from drift_rae.engine.parameters import (
+    ParameterError, _no_constant as _constant, check_choice, check_file, check_output, read_json,
+    shown)
 try: import fcntl
 except ImportError: fcntl = None # Windows
 

@@ -19,7 +19,8 @@ def check_sha256(
 ):
     "`ParameterError` if the file's SHA-256 is another"
     if not sha256: return
-    with open(check_file(path, 'a file with this sha256'), 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(check_file(path, 'a file with this sha256'), 'rb') as f:
+        found = hashlib.file_digest(f, 'sha256').hexdigest()
     if found == sha256.lower(): return
     raise ParameterError(f"{path} is not the file that was expected: "
                          f"its sha256 is {found}, expected {sha256}")

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from .parameters import ParameterError, check_whole
-from drift_rae.engine.progress import (
-    _signals, catch_signals, follow_parent, hang_up_when_lost, outlive_parent, silence_launcher,
-    spread, watch_machines)
+from .machines import hang_up_when_lost, silence_launcher, watch_machines
+from .progress import (
+    _signals, catch_signals, follow_parent, outlive_parent, spread)
 _all_ = ['spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #76863ea1

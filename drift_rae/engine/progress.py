@@ -216,6 +216,103 @@ def outlive_parent():
         _signal_at_parents_death(0)
         poller.os = before
 
+# %% ../../nbs/engine/04_progress.ipynb #c7d95e6e
+def _number(x):
+    "The int or float that a cell of the table holds; None for an empty cell"
+    if x.lstrip('-').isdigit(): return int(x)
+    return float(x) if x else None
+
+# %% ../../nbs/engine/04_progress.ipynb #f135e98a
+def read_log(
+    path:str|Path, # the .csv file
+    steps:int, # how many rows at most
+)->list: # one dict per row, numbers to the last digit; fewer rows if the file has fewer
+    "The first rows of a table; none if the file is missing or is not a table of numbers"
+    if not Path(path).is_file(): return []
+    try:
+        with open(path, newline='') as f:
+            rows = list(islice(csv.DictReader(f), steps))
+            return [{k: _number(v) for k, v in row.items()} for row in rows]
+    except (ValueError, AttributeError, TypeError): return [] # edited by hand, say
+
+# %% ../../nbs/engine/04_progress.ipynb #eee1c2aa
+class _Patient:
+    "A stream whose errors are passed over, because its reader may be gone"
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text):
+        "Write, if that is possible"
+        try: return self.stream.write(text)
+        except OSError: return len(text)
+
+    def flush(self):
+        "Flush, if that is possible"
+        try: self.stream.flush()
+        except OSError: pass
+
+def _pass_over_broken_streams():
+    "From here on printing does not fail"
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Patient): setattr(sys, name, _Patient(stream))
+
+# %% ../../nbs/engine/04_progress.ipynb #47f3c1c2
+_PR_SET_PDEATHSIG = 1
+
+def _signal_at_parents_death(
+    number:int, # of the signal; 0 = none
+)->bool: # whether this system can do that
+    "Ask the kernel for a signal when this process's parent ends"
+    if not sys.platform.startswith('linux'): return False
+    try: return ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) == 0
+    except (OSError, AttributeError): return False
+
+# %% ../../nbs/engine/04_progress.ipynb #899dcc01
+PATIENCE = 60 # seconds that a process has to save after its parent's death
+_following = [] # the parent that this process follows
+
+def _watch(parent, pid, told):
+    "Wait for the parent's end; send SIGTERM unless Linux does; end after `PATIENCE` seconds"
+    if parent is not None: parent.join()
+    else:
+        while os.getppid() == pid: time.sleep(.5)
+    _pass_over_broken_streams()
+    if not told: os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+def follow_parent():
+    "Get SIGTERM when the program that started this process ends; end `PATIENCE` seconds later"
+    if _following: return
+    parent, pid = multiprocessing.parent_process(), os.getppid()
+    _following.append(pid)
+    told = _signal_at_parents_death(signal.SIGTERM)
+    if os.getppid() != pid: told = False # it ended before
+    if parent is not None and parent.pid != pid: told = False # the fork server is in between
+    threading.Thread(target=_watch, args=(parent, pid, told), daemon=True).start()
+
+# %% ../../nbs/engine/04_progress.ipynb #33b509f5
+class _SameParent:
+    "The module os, with a parent that does not change"
+    def __init__(self): self.parent = os.getppid()
+    def __getattr__(self, name): return getattr(os, name)
+    def getppid(self): return self.parent
+
+@contextmanager
+def outlive_parent():
+    "In a notebook's kernel: within it, the parent's death is SIGTERM and not the end"
+    poller = sys.modules.get('ipykernel.parentpoller')
+    if poller is None or not os.environ.get('JPY_PARENT_PID'):
+        yield
+        return
+    before, poller.os = poller.os, _SameParent()
+    _signal_at_parents_death(signal.SIGTERM)
+    try: yield
+    finally:
+        _signal_at_parents_death(0)
+        poller.os = before
+
 # %% ../../nbs/engine/04_progress.ipynb #c626f820
 SILENT = float(os.environ.get('DRIFT_RAE_SILENT', 60)) # seconds until a machine is given up
 
@@ -229,7 +326,8 @@ class Pulse:
     ):
         self.store, self.node, self.nodes, self.first = store, node, nodes, first
         self.count, self.names = 0, [f'machine {i}' for i in range(nodes)]
-        self.seen = [('', time.monotonic())]*nodes # the last sign of each, and when it was new
+        self.answered = time.monotonic() # when the store has answered
+        self.seen = [('', self.answered)]*nodes # the last sign of each, and when it was new
 
     def look(self):
         "Give a sign, and note which machines have given a new one"
@@ -252,17 +350,21 @@ class Pulse:
         return ', '.join(self.names[i] for i in late if i != self.node)
 
 # %% ../../nbs/engine/04_progress.ipynb #50f6fb15
-def _watch_pulse(pulse, silent, end, over):
-    "Look until a machine is silent or the store is gone, then call `end` with a message"
-    answered = time.monotonic()
+def _keep_looking(pulse, silent, over):
+    "Look again and again; where the store is gone, this waits or fails"
     while not over.wait(silent/6):
-        try:
+        with suppress(Exception):
             pulse.look()
-            answered = time.monotonic()
-        except Exception: pass # no answer, or not in time
-        if lost := pulse.lost(silent):
+            pulse.answered = time.monotonic()
+
+def _watch_pulse(pulse, silent, end, over):
+    "When a machine is silent or the store is gone, call `end` with a message"
+    while not over.wait(silent/6):
+        quiet = time.monotonic() - pulse.answered
+        lost = pulse.lost(silent) if quiet < silent/2 else ''
+        if lost:
             return end(f'no sign of life from {lost} for {silent:g} s; seen from {platform.node()}')
-        if time.monotonic() - answered > silent:
+        if quiet > silent:
             others = ', '.join(n for i, n in enumerate(pulse.names) if i != pulse.node)
             return end(f'{platform.node()} has lost {others}: '
                        f'the store at {os.environ["MASTER_ADDR"]} is silent for {silent:g} s')
@@ -290,12 +392,14 @@ def watch_machines(
                           wait_for_workers=False, timeout=timedelta(seconds=max(1., silent)))
     pulse = Pulse(store, int(e['GROUP_RANK']), nodes, e['LOCAL_RANK'] == '0')
     end, over = partial(_end_with_report, folder=folder), threading.Event()
+    looking = threading.Thread(target=_keep_looking, args=(pulse, silent, over), daemon=True)
     arguments = pulse, silent, end, over
+    looking.start()
     threading.Thread(target=_watch_pulse, args=arguments, daemon=True).start()
     try: yield
-    finally:
-        over.set()
-        with suppress(Exception): pulse.say('done')
+    finally: over.set()
+    looking.join(silent) # so that its last sign comes before this one
+    pulse.say('done') # not after an exception: the store may be gone
 
 # %% ../../nbs/engine/04_progress.ipynb #3a020ccf
 def _close_connections(host):

@@ -49,10 +49,10 @@ def check_labels(
     "Labels as a tensor; `ParameterError` for other kinds of numbers, numbers outside, or too few"
     x = _label_tensor(labels, name)
     if n is not None and len(x) != n:
-        raise ParameterError(f'{name}: there are {len(x)}; accepted are {n}, one for each sample')
-    if len(x) and (x.min() < 0 or x.max() >= (classes or LARGEST)):
-        wrong = next(v for v in (int(x.min()), int(x.max()))
-                     if not 0 <= v < (classes or LARGEST))
+        raise ParameterError(f'{name}: there are {len(x)}, {n} are accepted: one label each')
+    low, high = (int(x.min()), int(x.max())) if len(x) else (0, 0)
+    if low < 0 or high >= (classes or LARGEST):
+        wrong = low if low < 0 else high
         known = f'the classes 0 to {classes-1}' if classes else 'classes from 0'
         raise ParameterError(f'label {wrong}: accepted are {known}')
     return torch.as_tensor(x.astype(np.int64) if isinstance(x, np.ndarray) else x).long()

@@ -18,7 +18,8 @@ from torch import nn
 from . import launch
 from .checkpoints import Checkpoints, collect_state, restore_state
 from .files import atomic
-from .parameters import RESUME, ParameterError, check_choice, check_whole, number, several
+from .parameters import (
+    RESUME, ParameterError, check_choice, check_whole, number, several)
 from .progress import Progress, read_log
 from .sharding import clip_grad_norm, worth_a_line, wrap
 _all_ = ['Checkpoints', 'read_log']
@@ -322,7 +323,8 @@ def train(
 )->list: # one dict per step
     "AdamW with clipped gradients, a schedule and an EMA, resumable to the bit"
     if not isinstance(model, nn.Module) or not callable(step_fn):
-        raise ParameterError(f'{type(model).__name__}, {step_fn}: accepted are a module, a function')
+        raise ParameterError(f'{type(model).__name__}, {step_fn}: accepted are a module and a '
+                             'function')
     steps, _ = check_whole(1, steps=steps), check_choice(RESUME, resume=resume)
     check_choice(('ddp', 'fsdp'), sharding=sharding)
     if not callable(lr) and (problem := several(number(float, 0), 2)(lr)):

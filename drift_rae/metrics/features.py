@@ -125,7 +125,8 @@ def _read_cache(path):
     try: values, config = load_weights(path)
     except ParameterError as e: print(f'{e}: it is made again', flush=True)
     else:
-        if config.get('digest') == hash_weights(values) and config.get('hashes'): return values, config
+        whole = config.get('digest') == hash_weights(values) and config.get('hashes')
+        if whole: return values, config
         print(f'{path} does not have the digest of its features: it is made again', flush=True)
 
 def cached_features(

@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from drift_rae.engine.parameters import (
-    ParameterError, as_path, as_rgb, check_choice, check_output, check_tensor, check_whole, read_json,
+    ParameterError, as_path, as_rgb, check_choice, check_output, check_tensor, check_whole,
+    read_json,
     shown)
 from .arrays import npz_array, pictures_below
 from ..engine.files import atomic, sha256_of, write_json
@@ -159,7 +160,8 @@ class GeneratedImages(Images):
         block:int=50, # images that are generated together
         name:dict=None, # for the record: weights' hash, NFE, guidance
     ):
-        classes, per_class, block = check_whole(1, classes=classes, per_class=per_class, block=block)
+        counts = dict(classes=classes, per_class=per_class, block=block)
+        classes, per_class, block = check_whole(1, **counts)
         seed, quantise = check_seed(seed), check_choice(QUANTISE, quantise=quantise)
         self.generate, self.shape, self.classes = generate, tuple(shape), classes
         self.seed, self.quantise, self.block = seed, quantise, block

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['assign_weights', 'on_grid', 'FeatureEncoder', 'build_encoder']
 
-# %% ../../nbs/networks/07_features.ipynb #50f7eca3
-import math
+# %% ../../nbs/networks/07_features.ipynb #7ba40fbe
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -116,11 +115,10 @@ class FeatureEncoder(nn.Module):
         self.register_buffer('centre', torch.zeros(joined))
         self.register_buffer('directions', torch.eye(joined)[:self.dim])
 
-# %% ../../nbs/networks/07_features.ipynb #6aaccd95
+# %% ../../nbs/networks/07_features.ipynb #a9d0b3b0
 @patch
 def _indices(self:FeatureEncoder, layers):
     "Numbers of the feature maps, from 0; ParameterError for one that does not exist"
-    side = getattr(self, 'input_size', None) or 64
     number = len(self.network.feature_info) if hasattr(self.network, 'feature_info') else 99
     chosen = [l + number if l < 0 else l for l in layers]
     wrong = [l for l in chosen if not 0 <= l < number]

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 # %% ../../nbs/networks/01_vit.ipynb #08468ab1
 def _transformer(arch, norm_eps, **options):
     "A vision transformer of timm without head, whose last LayerNorm has no affine parameters"
-    import timm # a generator needs no encoder, and timm takes seconds
+    # a generator needs no encoder, and timm takes seconds; torch 2.8 fails to import it while a
+    # default device is set
+    with torch._C.DisableTorchFunction(): import timm
     known = isinstance(arch, str) and ':' not in arch
     if not known or not timm.models.is_model_in_modules(arch, ['vision_transformer']):
         raise ParameterError(
@@ -92,7 +94,8 @@ def forward(self:Encoder,
     "Encode images of any size; a ValueError if the shape is not that of RGB images"
     check_tensor(images, 'N 3 H W', 'images')
     if min(images.shape[2:]) < 1:
-        raise ParameterError(f'images of shape {list(images.shape)}: accepted are images with pixels')
+        raise ParameterError(f'images of shape {list(images.shape)}: accepted are images with '
+                             'pixels')
     size = (self.input_size, self.input_size)
     if images.shape[-2:] != size:
         images = F.interpolate(images, size=size, mode='bicubic', align_corners=False)

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['sample_sheet', 'distill']
 
-# %% ../../nbs/own/06_distill.ipynb #385196a8
+# %% ../../nbs/own/06_distill.ipynb #389d1323
 from pathlib import Path
-import torch
 from ..distill import OneStepGenerator, start
 from ..engine.command import run_command
 from ..engine.files import atomic

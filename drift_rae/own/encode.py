@@ -77,7 +77,7 @@ def _trained(o, pixels, labels, out, about):
                                 networks=o['networks'], **common)
     return with_statistics(network, decoder, images).cpu()
 
-# %% ../../nbs/own/04_encode.ipynb #122f8b30
+# %% ../../nbs/own/04_encode.ipynb #472a4445
 def make_autoencoder(
     o:dict, # the options by name, as of encode; size is set
     folder:Pictures, # the data set
@@ -92,7 +92,7 @@ def make_autoencoder(
     rae = rae.to(launch.device())
     decibels = psnr(rae, pixels[kept])
     reconstruction_sheet(rae, pixels[kept], out/'reconstructions.png')
-    print(f'reconstructions of {int(kept.sum())} held-out pictures: PSNR {decibels:.1f} dB, '
+    print(f'reconstructions of {int(kept.sum())} held-out pictures: PSNR {decibels:.1f} dB\n'
           f'{quality_words(decibels)}', flush=True)
     return rae, decibels, counts
 

@@ -191,7 +191,7 @@ def train_own_decoder(
     folder.finish(['decoder.safetensors'])
     return average.cpu().eval()
 
-# %% ../../nbs/own/03_encoders.ipynb #575df45d
+# %% ../../nbs/own/03_encoders.ipynb #823aaf83
 @torch.no_grad()
 def psnr(
     rae:RAE, # encoder and decoder
@@ -212,8 +212,8 @@ def quality_words(
     "What a value means for the generator"
     if decibels >= 22: return 'good: generated pictures can be about this sharp'
     if decibels >= 18: return 'fair: fine details are lost, and will be in generated pictures'
-    return ('warning: poor. Generated pictures cannot be better than these reconstructions; '
-            'train the decoder longer, or take more channels or smaller pictures')
+    return ('warning: poor; generated pictures cannot be better than these reconstructions\n'
+            '(train the decoder longer, or take more channels or smaller pictures)')
 
 # %% ../../nbs/own/03_encoders.ipynb #b3cc82b8
 @torch.no_grad()

@@ -6,13 +6,12 @@
 __all__ = ['ENDINGS', 'DATASETS', 'EMOJI', 'to_rgb', 'Pictures', 'read_pictures', 'check_pictures', 'dataset_folder',
            'emoji_folder']
 
-# %% ../../nbs/own/02_pictures.ipynb #26c9320a
+# %% ../../nbs/own/02_pictures.ipynb #57b41b66
 import json, re, shutil
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 from torchvision import datasets
@@ -21,7 +20,7 @@ from ..engine.files import atomic, write_json
 from ..engine.parameters import ParameterError
 from ..engine.progress import Progress
 from ..engine.streams import stream
-from ..imagenet.folders import ClassFolder, UnreadableImage, _cut, _load
+from ..imagenet.folders import ClassFolder, _cut, _load
 
 # %% ../../nbs/own/02_pictures.ipynb #ce47b7aa
 def to_rgb(
@@ -128,7 +127,7 @@ def _class_names(dataset, labels):
     digits = len(str(len(names) - 1))
     return [f'{c:0{digits}d}_' + re.sub(r'[^\w-]+', '_', n) for c, n in enumerate(names)]
 
-# %% ../../nbs/own/02_pictures.ipynb #3de8a0d8
+# %% ../../nbs/own/02_pictures.ipynb #f4b76227
 def dataset_folder(
     name:str, # cifar10, flowers102 or imagenette
     root:str, # where torchvision puts it, and where the folder of pictures appears
@@ -142,7 +141,7 @@ def dataset_folder(
     try: data = DATASETS[name](root, download)
     except (OSError, RuntimeError) as e:
         raise ParameterError(f'dataset={name}: torchvision cannot get it into {root}: {e}') from e
-    progress, seen = Progress(len(data), f'{name}: picture'), []
+    progress = Progress(len(data), f'{name}: picture')
     labels = [int(data[i][1]) for i in range(len(data))]
     names = _class_names(data, labels)
     for i, label in enumerate(labels):

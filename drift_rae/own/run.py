@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['SHOWN', 'encoder_features', 'measure', 'run']
 
-# %% ../../nbs/own/07_run.ipynb #b36933fb
+# %% ../../nbs/own/07_run.ipynb #8c92a82e
 import json, time
 from pathlib import Path
 import torch
 from ..autoencoder import RAE
 from ..engine.command import run_command
 from ..engine.files import hash_weights, write_json
-from ..engine.parameters import MODELS, RESUME, check_parameters, number, text
+from ..engine.parameters import MODELS, check_parameters, number
 from ..engine.streams import stream
 from ..evaluate import evaluate_images, load_reference
 from ..metrics.extractors import Extractor
 from ..metrics.images import TensorImages
 from .distill import distill
-from .encode import IMAGES, _source, autoencoder_of, default_size, encode
+from .encode import IMAGES, _source, autoencoder_of, encode
 from .pictures import Pictures, read_pictures
 from .teach import teach
 from ..sharing.sets import make_images

@@ -55,12 +55,12 @@ def measured_rate(
     torch.set_num_threads(threads)
     return 3*batch*forward_flops(name)/min(seconds[1:])
 
-# %% ../../nbs/own/05_teach.ipynb #a51c43ec
+# %% ../../nbs/own/05_teach.ipynb #df7fdf46
 def _span(seconds):
     "A duration in the unit that suits it"
-    for unit, size in (('days', 86400), ('h', 3600), ('min', 60)):
+    for unit, size in (('years', 31557600), ('days', 86400), ('h', 3600), ('min', 60)):
         if seconds >= 2*size: return f'{seconds/size:,.0f} {unit}'
-    return f'{seconds:.0f} s'
+    return 'under 2 min'
 
 def size_table(
     cores:float, # operations per second of the processor's cores together

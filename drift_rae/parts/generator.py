@@ -96,8 +96,8 @@ def _numbers(generator, labels):
 @patch(as_prop=True)
 def noise_shape(self:OneStepGenerator)->tuple:
     "Shape of the noise of one image: (C, h, w), with several steps (L, C, h, w)"
-    shape = tuple(self.autoencoder.latent_shape)
-    return shape if len(self.times) == 1 else (len(self.times), *shape)
+    steps = (len(self.times),)*(len(self.times) > 1)
+    return *steps, *self.autoencoder.latent_shape
 
 # %% ../../nbs/parts/05a_generator.ipynb #da507a50
 @patch
@@ -111,7 +111,6 @@ def generate(self:OneStepGenerator,
     z = z.to(next(self.model.parameters()).dtype)
     if guidance is None: guidance = self.guidance
     if guide is None: guide = self.guide
-    if len(self.times) == 1 and not guidance: return one_step(self.model, z, labels)
     if len(self.times) == 1:
         return guided_step(self.model, z, labels, guidance, getattr(guide, 'model', guide))
     if guidance:

@@ -13,10 +13,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..engine.parameters import ParameterError, check_whole
+from ..engine.parameters import ParameterError
 from ..engine.streams import stream
 from ..drifting import drift_loss
-from ..flow import DiTDH, one_step
+from ..flow import one_step
 from ..engine import launch, sharding
 from .extrapolation import in_steps, strength_time
 from .student import fresh_model, make_student, through_images
@@ -32,8 +32,7 @@ def to_tokens(
     classes:int=1, # number of classes
 )->Tensor: # [classes*T, n, D] with T = h*w and D = C
     "The layout of the field: each token position of each class is a batch entry (9)"
-    if len(latents) % classes:
-        raise ParameterError(f'{len(latents)} latents of {classes} classes: accepted is a multiple')
+    if len(latents) % classes: raise ParameterError(f'{len(latents)} latents, {classes} classes')
     x = latents.flatten(2).unflatten(0, (classes, -1)) # [classes, n, D, T]
     return x.permute(0, 3, 1, 2).flatten(0, 1)
 
@@ -46,7 +45,6 @@ def step_labels(
     label_dropout:float=0., # share of groups without a class
 )->list: # n different class indices; num_classes is the group without a class
     "The classes of a step, drawn without replacement"
-    check_whole(1, num_classes, n_class=n)
     labels = torch.randperm(num_classes, generator=stream(seed, 'classes', step))[:n].tolist()
     if not label_dropout: return labels
     dropped = torch.rand((), generator=stream(seed, 'no class', step)) < label_dropout*n
@@ -59,7 +57,6 @@ def _noise_shape(shape, config, seed, step):
     steps = torch.randint(len(config.times), (), generator=stream(seed, 'steps', step))
     return (steps.item() + 1, *shape)
 
-# %% ../../nbs/parts/05c_step.ipynb #a69124f5
 def _real_samples(store, label, config, g):
     "The positives of a group, and after them the unconditional negatives, from its own stream"
     if label == store.num_classes: pos = store.batch(config.n_pos, g)[0]
@@ -160,7 +157,6 @@ def _ends(network, z, labels, config, strengths):
     t = torch.tensor([strength_time(strengths[l]) for l in labels], device=z.device)
     return z - network(z, t.to(z.dtype), y)
 
-# %% ../../nbs/parts/05c_step.ipynb #d12a0278
 def _generated(network, z, labels, config, seen=None, strengths=None):
     "Generated latents and what the field sees of them; one label for each noise"
     with _precision(z, config):
