@@ -18,9 +18,8 @@ from ..engine.parameters import (
     ParameterError, as_path, check_output, check_whole, read_json, shown)
 from ..engine.progress import Progress
 from ..engine.streams import check_labels, check_seed, stream
-from ..engine.files import (
-    fill, load_weights, save_weights, weights_path, write_json)
-from ..flow import DiTDH, one_step
+from ..engine.files import fill, load_weights, save_weights, weights_path, write_json
+from ..flow import DiTDH
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from .extrapolation import guided_step, in_steps
