@@ -98,9 +98,8 @@ class DriftConfig:
 
     def __post_init__(self):
         t = self.temperatures
-        if not isinstance(t, (tuple, list)): t = [t]
-        t = tuple(float(check_positive(temperatures=x)) for x in t)
-        object.__setattr__(self, 'temperatures', t)
+        t = [check_positive(temperatures=x) for x in (t if isinstance(t, (tuple, list)) else [t])]
+        object.__setattr__(self, 'temperatures', tuple(map(float, t)))
         _check_config(self)
 
 # %% ../nbs/04_drifting.ipynb #f9feb063

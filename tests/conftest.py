@@ -1,13 +1,19 @@
-"One torch thread per process, here and in every program that a test starts: see `core.limit_threads`"
+"One torch thread per process, here and in every program that a test starts: see `limit_threads`"
 import os
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1'
 import torch
 torch.set_num_threads(1)
 
-def pytest_configure(config): config.addinivalue_line('markers', "slow: minutes of computation; CI leaves them out with -m 'not slow'")
+import pytest
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes of computation, run only with -m slow')
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr: return
+    for item in items:
+        if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='slow: run with -m slow'))
 
 # The state of the process that a public call must leave as it was: the tests of this folder check it after each test
-import pytest
 
 def global_state():
     "Threads, precision, types and modes of torch, and the working folder"
