@@ -9,7 +9,7 @@ from drift_rae.metrics.frechet import frechet_bias, statistics
 from drift_rae.metrics.images import to_uint8
 from drift_rae.metrics.neighbours import evaluate_features
 from drift_rae.parts.comparison import generate_with_each, measured_before
-from drift_rae.parts.generator import guidance_of, load_guide, make_images
+from drift_rae.sharing.sets import guidance_of, load_guide, make_images
 
 @pytest.fixture(scope='module')
 def weaker(tmp_path_factory):
@@ -33,7 +33,7 @@ def test_wrong_values(given, sentence):
 
 def test_make_images_guides_with_a_weaker_model_in_an_interval(weaker, monkeypatch):
     model, _ = weaker
-    from drift_rae.parts import generator
+    from drift_rae.sharing import sets as generator
     monkeypatch.setattr(generator, 'load_guide', lambda guide, like: model if guide == 'weaker' else load_guide(guide, like))
     made = make_images(steps=6, per_class=1, block=10, guidance=2., interval=(.2, .9), guide='weaker')
     z, y = torch.stack([made.noise(i) for i in range(10)]), torch.arange(10)
