@@ -23,9 +23,11 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 # %% ../../nbs/engine/01_parameters.ipynb #de86ebfe
 class ParameterError(ValueError):
     "A parameter cannot be used; the message says what was given and what is accepted"
+    exit_code = 1 # of a command that ends with it
+
 class PlaceError(ParameterError, OSError):
     "Nothing can be written at a place; the message says why"
-    exit_code = 1 # of a command that ends with it
+
 MODELS = ('tiny', 'nano', 's', 'b', 'l', 'xl')
 SMALL = MODELS[:2] # trained on the CPU, one thread for each process
 RESUME = ('auto', 'never', 'must')
