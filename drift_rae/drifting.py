@@ -18,6 +18,19 @@ from drift_rae.parts.weights import (
     weighted_difference)
 _all_ = ['distances', 'laplace_noise']
 
+# %% ../nbs/04_drifting.ipynb #fb393574
+_CHOICES = dict(
+    y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'),
+    scope=('call', 'class', 'token'), normalisation=('unit', 'rms', 'none'),
+    perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
+    perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
+    reduction=('paper', 'original'), guards=('none', 'original'))
+
+def _check_plain(gen, pos, neg, **words):
+    "A clear message for samples that do not fit together, and for words that no switch accepts"
+    check_samples(gen, pos, gen[:, :0] if neg is None else neg)
+    for name, word in words.items(): check_choice(_CHOICES[name], **{name: word})
+
 # %% ../nbs/04_drifting.ipynb #8c456b94
 def plain_field(
     gen:Tensor, # generated samples x_j [B, N, D]
@@ -33,9 +46,7 @@ def plain_field(
     normalisation:str='none', # 'unit': |V| = 1; 'rms': root mean square 1
 )->Tensor: # V_j [B, N, D]
     "Equation (11) and its variants, to be read; `drift_field` computes the same fast"
-    DriftConfig((tau,), y_softmax, floor, softmax, scale, self_term=self_term,
-                normalisation=normalisation) # refuses unknown words
-    check_samples(gen, pos, gen if neg is None else neg)
+    _check_plain(gen, pos, neg, scale=scale, self_term=self_term, softmax=softmax)
     x = gen if neg is None else torch.cat([gen, neg], 1) # x_k [B, K, D]
     if scale == 'mean': tau = tau*distances(gen, torch.cat([x, pos], 1), same=True).mean()
     if noise is not None: x = x + tau*noise # (12)
@@ -52,12 +63,6 @@ def plain_field(
     return V/V.square().mean().sqrt() if normalisation == 'rms' else V
 
 # %% ../nbs/04_drifting.ipynb #c3803025
-_CHOICES = dict(
-    y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'),
-    scope=('call', 'class', 'token'), normalisation=('unit', 'rms', 'none'),
-    perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
-    perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
-    reduction=('paper', 'original'), guards=('none', 'original'))
 def _check_raw(c):
     "A clear message for switches in units of a mean distance that scale='raw' does not take"
     without = "with scale='raw': no mean distance is taken"

@@ -35,7 +35,7 @@ def to_uint8(
     "Quantise images to 8 bits; values outside [0, 1] are clipped"
     check_choice(QUANTISE, quantise=mode)
     check_tensor(images, '', 'images', finite=True)
-    if images.numel() and images.max() > 2:
+    if images.numel() and images.max() > 16: # levels of 8 bits
         raise ParameterError(f'images: values up to {images.max():.3g}; accepted is [0, 1]')
     x = images.clamp(0, 1)*255
     return (x.round() if mode == 'round' else x).to(torch.uint8)

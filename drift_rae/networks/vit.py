@@ -48,7 +48,7 @@ _COLOUR = dict(image_mean=several(number(float, -1e3, 1e3), 3),
 _ACTIVATIONS = (None, 'gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu')
 _ENCODER = dict( # what a configuration may say; nothing else reaches timm's constructor
     arch=text, input_size=number(int, 8, 4096), norm_eps=number(float, 0, 1), **_COLOUR,
-    patch_size=_SIDE, embed_dim=number(int, 1, 8192), depth=number(int, 1, 128),
+    patch_size=_SIDE, embed_dim=number(int, 1, 8192), depth=number(int, 0, 128),
     num_heads=number(int, 1, 256), mlp_ratio=number(float, .01, 64), class_token=(False, True),
     reg_tokens=number(int, 0, 64), no_embed_class=(False, True), qkv_bias=(False, True),
     global_pool=('', 'avg', 'token', 'map'), act_layer=_ACTIVATIONS,
