@@ -166,6 +166,10 @@ class StepDraws:
         self.waited = launch.all_max(time.perf_counter() - begin)
         return x, y
 
+    def close(self):
+        "End the threads that read ahead"
+        if self.ahead: self.ahead.close()
+
     def generator(self, step:int, device)->torch.Generator: # on the device
         "The source of the times and the noise of a step"
         g = self.stream('teacher noise', step)
