@@ -173,7 +173,7 @@ def check_samples(
 ):
     "A clear message (ValueError) for samples, weights or sizes that do not fit together"
     for name, x in (('gen', gen), ('pos', pos), ('neg', neg)):
-        check_tensor(x, 'B samples D', name, finite=True)
+        check_tensor(x, 'B samples D', name)
         if (len(x), x.shape[2]) != (len(gen), gen.shape[2]):
             raise ValueError(f'{name} is {list(x.shape)} and gen {list(gen.shape)}: '
                              'B and D must agree')
