@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'SMALL', 'RESUME', 'LARGEST', 'SMALLEST', 'ParameterError', 'PlaceError', 'shown', 'number', 'text',
            'check_device', 'check_parameters', 'check_whole', 'check_real', 'check_positive', 'check_choice',
-           'check_tensor', 'as_rgb', 'check_images', 'as_path', 'check_file', 'read_json', 'check_config', 'several',
+           'check_tensor', 'check_images', 'as_path', 'check_file', 'read_json', 'check_config', 'several',
            'check_output']
 
 # %% ../../nbs/engine/01_parameters.ipynb #e78f9438
@@ -221,14 +221,6 @@ def check_tensor(
 
 # %% ../../nbs/engine/01_parameters.ipynb #3c228dda
 SMALLEST = 8 # pixels on a side of an image
-
-def as_rgb(
-    image, # an opened picture of PIL
-    name, # the file, for the message
-): # the picture in RGB, 8 bits
-    "A picture in RGB; `ParameterError` for 16-bit grey and floating point, which PIL would clip"
-    if image.mode != 'F' and not image.mode.startswith('I'): return image.convert('RGB')
-    raise ParameterError(f'{name}: the pixels are of kind {image.mode}; accepted are 8 bits')
 
 def _check_values(images, name):
     "Refuse NaN, infinity and values outside [0, 1]"

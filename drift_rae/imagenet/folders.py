@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from ..engine.parameters import (
-    RESUME, ParameterError, as_rgb, check_device, check_output, check_whole)
+    RESUME, ParameterError, check_device, check_output, check_whole)
 from ..engine.progress import Progress
 from ..engine.streams import check_seed, stream
 from ..engine.files import write_json
 from ..worlds.data import digits
-from ..metrics.arrays import OwnFolder
+from ..metrics.arrays import OwnFolder, as_rgb
 from drift_rae.worlds.latents import (
     STORED, begin_latents, describe_encoder, finish_latents, record_bytes, shard_record,
     write_shard)

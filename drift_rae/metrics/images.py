@@ -16,10 +16,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from drift_rae.engine.parameters import (
-    ParameterError, as_path, as_rgb, check_choice, check_output, check_tensor, check_whole,
+    ParameterError, as_path, check_choice, check_output, check_tensor, check_whole,
     read_json,
     shown)
-from .arrays import npz_array, pictures_below
+from .arrays import as_rgb, npz_array, pictures_below
 from ..engine.files import atomic, sha256_of, write_json
 from ..engine.progress import few_threads
 from ..engine.streams import check_labels, check_seed, stream
