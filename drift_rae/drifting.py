@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .engine.parameters import ParameterError, check_choice, check_positive, number
+from .engine.parameters import ParameterError, check_choice, check_positive, check_real
 from .metrics.distances import distances, full_precision, squared_norm
-from drift_rae.parts.weights import (
-    NoiseRows, Samples, check_samples, field_weights, laplace_noise, noise_generators,
-    weighted_difference)
+from .parts.weights import (NoiseRows, Samples, check_samples, field_weights,
+    laplace_noise, noise_generators, weighted_difference)
 _all_ = ['distances', 'laplace_noise']
 
 # %% ../nbs/04_drifting.ipynb #fb393574
@@ -75,12 +74,10 @@ def _check_raw(c):
 def _check_config(c):
     "A clear message for a configuration that makes no sense"
     t = c.temperatures
-    if not t or len(set(t)) < len(t) or not all(math.isfinite(x) and x > 0 for x in t):
+    if not t or len(set(t)) < len(t):
         raise ValueError(f'temperatures={t}: accepted are one or more different positive numbers')
-    for name, choices in _CHOICES.items():
-        check_choice(choices, **{name: getattr(c, name)})
-    if wrong := number(float, 0, 1)(c.floor):
-        raise ValueError(f'floor={c.floor!r}: accepted is {wrong}')
+    for name, choices in _CHOICES.items(): check_choice(choices, **{name: getattr(c, name)})
+    check_real(0, 1, floor=c.floor)
     if c.scale == 'raw': _check_raw(c)
 
 # %% ../nbs/04_drifting.ipynb #2ad21a51
@@ -136,8 +133,7 @@ def from_dict(cls:DriftConfig,
 )->DriftConfig:
     "The inverse of `to_dict`"
     names, d = [f.name for f in fields(cls)], dict(d) if isinstance(d, dict) else {str(d): None}
-    unknown = sorted(set(d) - set(names))
-    if unknown:
+    if unknown := sorted(set(d) - set(names)):
         raise ValueError(f"unknown switch {', '.join(unknown)}: DriftConfig has {', '.join(names)}")
     return cls(**d)
 
