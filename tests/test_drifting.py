@@ -346,15 +346,15 @@ def test_presets_travel_as_json(name):
     assert DriftConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 @pytest.mark.parametrize('switches, sentence', (
-    (dict(temperatures=()), 'temperatures'), (dict(temperatures=(.1, .1)), 'different'), (dict(temperatures=(-1,)), 'positive'),
-    (dict(temperatures=(math.nan,)), 'positive'), (dict(floor=2), 'floor=2'), (dict(floor='a'), 'floor'), (dict(y_softmax=1), 'y_softmax=1'),
+    (dict(temperatures=()), 'temperatures'), (dict(temperatures=(.1, .1)), 'different'), (dict(temperatures=(-1,)), 'a number above 0'),
+    (dict(temperatures=(math.nan,)), 'a number above 0'), (dict(floor=2), 'floor=2'), (dict(floor='a'), 'floor'), (dict(y_softmax=1), 'y_softmax=1'),
     (dict(scope='batch'), 'call, class, token'), (dict(scale='raw', scope='token'), 'no scope'), (dict(scale='raw', guards='original'), 'mean distance'),
     (dict(scale='raw', perturbation='all'), "use 'raw'")))
 def test_impossible_configurations(switches, sentence):
     with pytest.raises(ValueError, match=sentence): DriftConfig(**switches)
 
 @pytest.mark.parametrize('change, sentence', (
-    (dict(gen=torch.zeros(4, 6)), 'gen is'), (dict(pos=torch.zeros(2, 0, 6)), 'at least one'), (dict(pos=torch.zeros(3, 5, 6)), 'B and D must agree'),
+    (dict(gen=torch.zeros(4, 6)), 'gen: the type is float32 and the shape'), (dict(pos=torch.zeros(2, 0, 6)), 'at least one'), (dict(pos=torch.zeros(3, 5, 6)), 'B and D must agree'),
     (dict(neg=torch.zeros(2, 3, 5)), 'B and D must agree'), (dict(gen=torch.zeros(2, 0, 6)), 'at least one'), (dict(gen=torch.zeros(2, 4, 6).long()), 'floating'),
     (dict(weight_pos=torch.ones(2, 4)), 'weight_pos is'), (dict(weight_gen=-torch.ones(2, 4)), 'negative'), (dict(weight_neg=torch.full((2, 3), math.nan)), 'infinite'),
     (dict(classes=3), 'must divide'), (dict(chunk=0), 'chunk=0')))

@@ -54,7 +54,8 @@ def check_labels(
     if low < 0 or high >= (classes or LARGEST):
         wrong = low if low < 0 else high
         known = f'the classes 0 to {classes-1}' if classes else 'classes from 0'
-        raise ParameterError(f'label {wrong}: accepted are {known}')
+        what = 'label' if name == 'labels' else name
+        raise ParameterError(f'{what} {wrong}: accepted are {known}')
     return torch.as_tensor(x.astype(np.int64) if isinstance(x, np.ndarray) else x).long()
 
 # %% ../../nbs/engine/02_streams.ipynb #2ae5d440

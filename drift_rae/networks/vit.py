@@ -192,10 +192,16 @@ _DECODER = dict( # what a decoder's configuration may say
     decoder_intermediate_size=number(int, 1, 65536), decoder_patch_size=number(int, 1, 256),
     num_patches=number(int, 1, 65536), num_channels=(3,), hidden_act=('gelu',),
     qkv_bias=(False, True), layer_norm_eps=number(float, 0, 1), **_COLOUR)
+_UNUSED = { # what official files say beside, which nothing here reads
+    'image_size', 'patch_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
+    'num_attention_heads', 'attention_probs_dropout_prob', 'hidden_dropout_prob', 'mask_ratio',
+    'norm_pix_loss', 'initializer_range', 'architectures', 'model_type', 'torch_dtype', 'dtype',
+    'transformers_version'}
 
 def _check_decoder(config):
     "A clear message (ValueError) for a decoder configuration that cannot be built"
     needed = [k for k in DECODERS['tiny'] if not k.startswith('image_')]
+    if isinstance(config, dict): config = {k: v for k, v in config.items() if k not in _UNUSED}
     check_config(config, 'decoder', _DECODER, needed)
     width, heads = config['decoder_hidden_size'], config['decoder_num_attention_heads']
     if width % heads or width % 4:
