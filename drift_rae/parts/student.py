@@ -47,5 +47,6 @@ def through_images(
     if getattr(autoencoder, 'encoder', None) is None:
         raise ParameterError(f'decode_encode=True: the autoencoder has no encoder; {accepted}')
     autoencoder.requires_grad_(False)
-    def through(x): return autoencoder._encode(autoencoder.decode(x, clamp=False))
+    encode = getattr(autoencoder, '_encode', autoencoder.encode) # decoded images may leave [0, 1]
+    def through(x): return encode(autoencoder.decode(x, clamp=False))
     return through, None
