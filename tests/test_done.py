@@ -94,7 +94,7 @@ def test_torchrun_on_a_finished_run(finished):
     "As a requeued job: exit 0, nothing changes, a message"
     before = content(finished)
     environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
-    given = [w for k, v in dict(SMALL, nproc=0, monitor_every=2, out=finished).items() for w in (f'--{k}', str(v))]
+    given = [w for k, v in dict(SMALL, nproc=0, monitor_every=2, out=finished).items() for w in (f'--{k}', str(v)) if k != 'nproc']
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'drift_rae.distill', *given],
                           env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -54,7 +54,7 @@ def test_the_comparison_of_06_takes_the_same(weaker):
 def test_a_guide_that_does_not_fit(monkeypatch):
     teacher = load_teacher('tiny')
     other = load_teacher('tiny'); other.num_classes = 3
-    monkeypatch.setattr('drift_rae.parts.generator._load_any_size', lambda guide, device: other)
+    monkeypatch.setattr('drift_rae.sharing.sets._load_any_size', lambda guide, device: other)
     with pytest.raises(ParameterError, match='its num_classes is 3, the teacher has 10'): load_guide('other', teacher)
 
 def test_figures_of_another_guidance_are_not_taken_for_these(tmp_path):

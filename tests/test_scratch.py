@@ -40,7 +40,7 @@ def test_a_fresh_run_with_decode_encode_stops_and_goes_on(tmp_path):
     assert made.about['config']['decode_encode'] is True and made.about['teacher'] == 'fresh' and made.sample([3]).shape == (1, 3, 16, 16)
     plain = start(out=str(tmp_path/'plain'), **dict(options, changes='checkpoint_every=1'), steps=3)
     assert plain[0]['gradient_norm'] != rows[0]['gradient_norm']
-    with pytest.raises(ParameterError, match='holds another run: .*config.decode_encode was True and is None'): start(out=str(tmp_path/'whole'), **dict(options, changes='checkpoint_every=1'), steps=3)
+    with pytest.raises(ParameterError, match='holds another run.*config.decode_encode was True and is None'): start(out=str(tmp_path/'whole'), **dict(options, changes='checkpoint_every=1'), steps=3)
     with pytest.raises(ParameterError, match='holds another run: .*config.decode_encode was None and is True'): start(out=str(tmp_path/'plain'), **both, steps=3)
     for kind in ('pt', 'json'): (tmp_path/f'whole/checkpoints/step_0000003.{kind}').unlink()
     again = start(out=str(tmp_path/'whole'), **both, steps=3, resume='must')
@@ -59,7 +59,7 @@ def test_decode_encode_without_an_encoder_is_one_sentence_before_any_work(tmp_pa
     for dry_run in (0, 1):
         with pytest.raises(ParameterError, match='decode_encode=True: the autoencoder has no encoder') as e:
             start(out=str(tmp_path/'out'), latents=str(tmp_path/'latents'), changes='decode_encode=True', dry_run=dry_run, **options)
-        assert '\n' not in str(e.value) and not list((tmp_path/'out').iterdir())
+        assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
     with pytest.raises(ParameterError, match='give the latents'): start(out=str(tmp_path/'out'), **options)
     assert len(start(out=str(tmp_path/'out'), latents=str(tmp_path/'latents'), **options)) == 2 # without decode-encode it needs none
     with pytest.raises(ParameterError, match='the autoencoder has no encoder'): distill(small_runs.teacher(), small_runs.store(), small_runs.config(decode_encode=True))

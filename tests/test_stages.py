@@ -151,6 +151,7 @@ def test_both_stages_train_on_two_processes_and_continue_on_one(tmp_path):
     assert len(rows) == 16 and rows[-1]['d_loss'] is not None and rows[-1]['l1'] < rows[0]['l1'] and len(losses) == 6
     for last in ('decoder/checkpoints/step_0000016', 'teacher/checkpoints/step_0000006'): # as if killed before the end
         for kind in ('.pt', '.json'): (tmp_path/(last + kind)).unlink()
+    for name in ('decoder', 'teacher'): (tmp_path/name/'done.json').unlink()
     rows2, losses2 = launch.launch(stage_runs.both, str(tmp_path), resume='must', nproc=1)
     assert len(rows2) == 16 and rows2[:12] == rows[:12] and rows2[12:] != rows[12:]
     assert len(losses2) == 6 and losses2[:4] == losses[:4] and losses2[4:] != losses[4:]

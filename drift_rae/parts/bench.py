@@ -73,6 +73,11 @@ def weights_digest(
     return short_digest(weights_path(f'tiny/{name}').read_bytes())
 
 # %% ../../nbs/parts/07a_bench.ipynb #7d6084e4
+def _flow_recipe():
+    "How the miniature's teachers are trained; fields that are newer than the results only if set"
+    fields = asdict(FlowConfig.preset('tiny'))
+    return {k: v for k, v in fields.items() if k != 'readers' or v}
+
 def recipe(
     config:DistillConfig, # what is run
     teacher:int=0, # seed of the flow teacher; 0: the one that ships
@@ -80,7 +85,7 @@ def recipe(
 )->dict: # JSON-serialisable
     "Everything that a result depends on but the seed and the code"
     names = ['encoder', 'stats', 'decoder', 'judge'] + ['teacher']*(teacher == 0)
-    shipped = dict(seed=teacher, **asdict(FlowConfig.preset('tiny'))) if teacher else 'shipped'
+    shipped = dict(seed=teacher, **_flow_recipe()) if teacher else 'shipped'
     return dict(config.recipe(), evaluation=evaluation,
         weights={n: weights_digest(n) for n in names}, teacher=shipped)
 
@@ -102,7 +107,7 @@ def flow_teacher(
     "The miniature's flow teacher, or another one that differs by the seed of its training"
     if not seed: return load_teacher()
     flow = asdict(FlowConfig.preset('tiny'))
-    path = Path(folder)/f'{seed}_{short_digest(flow)[:8]}.safetensors'
+    path = Path(folder)/f'{seed}_{short_digest(_flow_recipe())[:8]}.safetensors'
     if not path.is_file():
         model, losses = train_teacher(store or latent_store('tiny'), seed=seed)
         save_teacher(path, model, losses, seed=seed, flow=flow)
