@@ -15,14 +15,15 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
-from ..engine.parameters import (
-    RESUME, ParameterError, check_device, check_output, check_whole)
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from drift_rae.engine.parameters import (RESUME, ParameterError, check_device,
+    check_output, check_whole)
 from ..engine.progress import Progress
 from ..engine.streams import check_seed, stream
 from ..engine.files import write_json
 from ..worlds.data import digits
-from ..metrics.arrays import OwnFolder, as_rgb
+from .classfolder import OwnFolder
+from ..metrics.arrays import as_rgb
 from drift_rae.worlds.latents import (
     STORED, begin_latents, describe_encoder, finish_latents, record_bytes, shard_record,
     write_shard)
@@ -96,7 +97,6 @@ class ClassFolder(OwnFolder):
         size, seed = check_whole(8, size=size), check_seed(seed)
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
-
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
