@@ -13,22 +13,10 @@ from torch import Tensor
 from fastcore.basics import patch
 from .engine.parameters import ParameterError, check_choice, check_positive, check_real
 from .metrics.distances import distances, full_precision, squared_norm
-from .parts.weights import (NoiseRows, Samples, check_samples, field_weights,
-    laplace_noise, noise_generators, weighted_difference)
+from .parts.weights import (
+    _CHOICES, _check_plain, NoiseRows, Samples, check_samples, field_weights, laplace_noise,
+    noise_generators, weighted_difference)
 _all_ = ['distances', 'laplace_noise']
-
-# %% ../nbs/04_drifting.ipynb #fb393574
-_CHOICES = dict(
-    y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'),
-    scope=('call', 'class', 'token'), normalisation=('unit', 'rms', 'none'),
-    perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
-    perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
-    reduction=('paper', 'original'), guards=('none', 'original'))
-
-def _check_plain(gen, pos, neg, **words):
-    "A clear message for samples that do not fit together, and for words that no switch accepts"
-    check_samples(gen, pos, gen[:, :0] if neg is None else neg)
-    for name, word in words.items(): check_choice(_CHOICES[name], **{name: word})
 
 # %% ../nbs/04_drifting.ipynb #8c456b94
 def plain_field(
@@ -45,7 +33,7 @@ def plain_field(
     normalisation:str='none', # 'unit': |V| = 1; 'rms': root mean square 1
 )->Tensor: # V_j [B, N, D]
     "Equation (11) and its variants, to be read; `drift_field` computes the same fast"
-    _check_plain(gen, pos, neg, scale=scale, self_term=self_term, softmax=softmax)
+    _check_plain(gen, pos, neg, tau, scale=scale, softmax=softmax, normalisation=normalisation)
     x = gen if neg is None else torch.cat([gen, neg], 1) # x_k [B, K, D]
     if scale == 'mean': tau = tau*distances(gen, torch.cat([x, pos], 1), same=True).mean()
     if noise is not None: x = x + tau*noise # (12)

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..engine.parameters import check_tensor
+from ..engine.parameters import check_choice, check_positive, check_tensor
 from ..metrics.distances import squared_norm
 
 # %% ../../nbs/parts/03b_weights.ipynb #7ea62cb9
@@ -186,6 +186,20 @@ def check_samples(
         raise ValueError(f'chunk={chunk}: accepted is a whole number from 1, or None')
     for name, x, w in zip(('weight_gen', 'weight_pos', 'weight_neg'), (gen, pos, neg), weights):
         if w is not None: _check_weights(name, w, x.shape[:2])
+
+# %% ../../nbs/parts/03b_weights.ipynb #fb393574
+_CHOICES = dict(
+    y_softmax=(False, True), softmax=('separate', 'joint'), scale=('mean', 'raw'),
+    scope=('call', 'class', 'token'), normalisation=('unit', 'rms', 'none'),
+    perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
+    perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
+    reduction=('paper', 'original'), guards=('none', 'original'))
+
+def _check_plain(gen, pos, neg, tau, **words):
+    "A clear message for samples that do not fit together, and for words that no switch accepts"
+    check_positive(tau=tau)
+    check_samples(gen, pos, gen[:, :0] if neg is None else neg)
+    for name, word in words.items(): check_choice(_CHOICES[name], **{name: word})
 
 # %% ../../nbs/parts/03b_weights.ipynb #abf2e959
 def rows_by_memory(

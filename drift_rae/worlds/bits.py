@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_tensor
 
 # %% ../../nbs/worlds/02b_bits.ipynb #61228f86
 DTYPES = dict( # of a store -> numpy type of its files, torch type of its latents
@@ -71,6 +71,7 @@ def to_file(
 )->np.ndarray: # the same numbers, rounded, as a file holds them
     "Round latents to the type of the store; a `ParameterError` if one is not finite or too large"
     check_dtype(dtype)
+    check_tensor(latents, '', 'latents')
     if dtype == 'int8': return _to_eight_bits(latents)
     kind, rounded = DTYPES[dtype]
     x = latents.detach().to(rounded).cpu().contiguous()
