@@ -33,7 +33,8 @@ def plain_field(
     normalisation:str='none', # 'unit': |V| = 1; 'rms': root mean square 1
 )->Tensor: # V_j [B, N, D]
     "Equation (11) and its variants, to be read; `drift_field` computes the same fast"
-    _check_plain(gen, pos, neg, tau, scale=scale, softmax=softmax, normalisation=normalisation)
+    _check_plain(gen, pos, neg, tau, scale=scale, softmax=softmax, self_term=self_term,
+                 normalisation=normalisation)
     x = gen if neg is None else torch.cat([gen, neg], 1) # x_k [B, K, D]
     if scale == 'mean': tau = tau*distances(gen, torch.cat([x, pos], 1), same=True).mean()
     if noise is not None: x = x + tau*noise # (12)

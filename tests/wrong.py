@@ -22,7 +22,7 @@ MODULES = ['autoencoder', 'diffusion_gan', 'distill', 'drifting', 'evaluate', 'f
            'engine.streams', 'engine.training', 'imagenet.critics', 'imagenet.folders', 'imagenet.stage1', 'imagenet.stage2',
            'metrics.extractors', 'metrics.features', 'metrics.frechet', 'metrics.images', 'metrics.neighbours',
            'metrics.verdicts', 'networks.ditdh', 'networks.released', 'networks.sdvae', 'networks.vit', 'networks.cost',
-           'parts.generator', 'parts.ingredients', 'parts.monitor', 'sharing.onnx', 'parts.paths', 'parts.recipe', 'parts.step',
+           'parts.generator', 'sharing.sets', 'parts.ingredients', 'parts.monitor', 'sharing.onnx', 'parts.paths', 'parts.recipe', 'parts.step',
            'parts.weights', 'worlds.data', 'worlds.judge', 'worlds.latents', 'worlds.measure', 'worlds.shards', 'worlds.vae',
            'parts.bench', 'imagenet.stage1_data', 'parts.workers']
 
@@ -213,6 +213,7 @@ def outcome(expression, folder):
     space = {n: resolved(n) for n in names_in(code)}
     space = {n: v for n, v in space.items() if v is not None}
     hook = register_module_forward_pre_hook(note)
+    before = os.getcwd()
     os.chdir(folder)
     try:
         exec(code, space)
@@ -226,4 +227,4 @@ def outcome(expression, folder):
         return word, f'{type(e).__name__}: {str(e)[:300]}'
     finally:
         hook.remove()
-        os.chdir(HERE)
+        os.chdir(before)

@@ -9,7 +9,7 @@ __all__ = ['pictures_below', 'as_rgb', 'is_own', 'npz_array']
 import math, os, zipfile
 from pathlib import Path
 import numpy as np
-from ..engine.parameters import SMALLEST, ParameterError
+from ..engine.parameters import ParameterError
 
 # %% ../../nbs/metrics/00_arrays.ipynb #da241c01
 _SUFFIXES = ('.png', '.jpg', '.jpeg')
@@ -29,9 +29,6 @@ def as_rgb(
     name, # the file, for the message
 ): # the picture in RGB, 8 bits
     "A picture in RGB; `ParameterError` for 16-bit grey and floating point, which PIL would clip"
-    if min(image.size) < SMALLEST:
-        raise ParameterError(f'{name}: {image.width} x {image.height} pixels; accepted are '
-                             f'{SMALLEST} and more on each side')
     if image.mode != 'F' and not image.mode.startswith('I'): return image.convert('RGB')
     raise ParameterError(f'{name}: the pixels are of kind {image.mode}; accepted are 8 bits')
 

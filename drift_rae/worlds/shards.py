@@ -121,7 +121,11 @@ def check(self:Shards,
     contents:bool=False, # also compare the checksums, which reads everything
 ):
     "A `ParameterError` if a shard is missing, has another size or, with `contents`, other bytes"
+    each = record_bytes(self.dtype, self.shape[1:])
     for shard in self.table:
+        if shard['bytes'] != shard['offset'] + shard['rows']*each:
+            raise ParameterError(f"latents: shard {shard['file']}: the manifest says "
+                f"{shard['bytes']} bytes; accepted are {shard['offset']} + {shard['rows']}*{each}")
         with self._open(shard) as file:
             if not contents or not shard.get('sha256'): continue
             file.seek(shard['offset'])
