@@ -3,7 +3,7 @@ import json, math, os, shlex, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from drift_rae.parts.bench import CHECK, recipe, recipe_hash, result_path
+from drift_rae.parts.bench import CHECK, recipe, recipe_hash, result_path, short_digest
 from drift_rae.ablations import ROWS, main, missing, stored
 from drift_rae.metrics.verdicts import Claim, decide, detectable, holm, verdicts
 from drift_rae.imagenet.commands import command, commands, meant, parse
@@ -22,6 +22,11 @@ def put(folder, row, seed, **changes):
 
 B = next(r for r in ROWS if (r.table, r.name) == ('3 short', 'B'))
 
+def numbers(value):
+    "All numbers in nested dictionaries and lists"
+    if isinstance(value, (dict, list)): return [n for v in (value.values() if isinstance(value, dict) else value) for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
 def test_stored_results_are_what_their_names_say():
     files = sorted(RESULTS.glob('*/*.json'))
     assert files
@@ -29,7 +34,11 @@ def test_stored_results_are_what_their_names_say():
         d = json.loads(path.read_text())
         assert path.stem.endswith(f"_{d['hash']}_{d['seed']}") and d['versions']['torch']
         assert path.stat().st_size < 20_000
-        if path.parent.name in ('claims', 'guided', 'several-steps'): continue # not rows of the paper's tables: tests/test_claims.py, test_guided.py
+        if path.parent.name == 'claims': continue # measurements without a training run: tests/test_claims.py
+        assert short_digest(d['recipe'])[:8] == d['hash']
+        if path.parent.name in ('guided', 'several-steps'): # several measurements of one run, which has its own record of seconds
+            assert d['figures'] and all(map(math.isfinite, numbers(d['figures']))), path.name
+            continue
         assert d.get('noise_seed', 0) in (0, d['recipe']['evaluation']['noise_seed'] + d['seed'])
         assert d['seconds']['cpu'] >= 0 and math.isfinite(d['figures']['fd'])
 

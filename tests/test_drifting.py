@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from drift_rae.engine.streams import stream
 from drift_rae.drifting import (
     DriftConfig, distances, drift_field, drift_loss, laplace_noise, plain_field)
@@ -57,11 +57,11 @@ def test_equation_11(tau):
     close(drift_field(*data, tau=tau, scale='mean'), f[f'fixedneg/V_scaled_tau{tau}'], 1e-5) # the original's scale is rounded
 
 def published(gen, pos, neg, w_gen, w_pos, w_neg, temperatures):
-    "lambertae/drifting's drift_loss, line by line; returns the loss of each of B"
+    "lambertae/drifting's drift_loss, line by line; returns the loss of each of B. Squared distances come from differences: x^2 + y^2 - 2xy cancels far from the origin"
     B, N, D = gen.shape
     y, w = torch.cat([gen, neg, pos], 1).detach(), torch.cat([w_gen, w_neg, w_pos], 1)
     x, K = gen.detach(), N + neg.shape[1]
-    dist_ = ((x**2).sum(-1)[..., None] + (y**2).sum(-1)[:, None] - 2*x@y.mT).clamp(min=1e-8).sqrt()
+    dist_ = (x[:, :, None] - y[:, None]).square().sum(-1).clamp(min=1e-8).sqrt()
     scale = (dist_*w[:, None]).mean()/w.mean()
     s = (scale/D**.5).clamp(min=1e-3)
     normed = dist_/scale.clamp(min=1e-3) + torch.nn.functional.pad(100*torch.eye(N), (0, y.shape[1]-N))
@@ -77,6 +77,7 @@ def published(gen, pos, neg, w_gen, w_pos, w_neg, temperatures):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**20), st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.integers(0, 4), st.integers(1, 40)),
        st.sampled_from([1e-5, 1e-3, 1., 1e3]), st.sampled_from([0., 1., 30.]), st.booleans(), st.booleans(), st.sampled_from([(.02, .05, .2), (.1,), (.5, 1.)]))
+@example(1, (2, 1, 1, 1, 5), 1e3, 30., True, False, (.02, .05, .2)) # coinciding samples far from the origin
 def test_original_on_other_inputs(seed, shape, size, offset, copied, weighted, temperatures):
     "Single samples, no further negatives, coordinates so small that the original's floors act, copies of generated samples among the positives"
     gen, pos, neg = (size*(x + offset) for x in data(seed, shape))

@@ -161,9 +161,10 @@ def test_a_released_kind_of_autoencoder_needs_no_training(pictures, tmp_path):
 
 
 CHAPTER = ROOT/'nbs/own/01_own_images.ipynb'
-FETCHES = ('npm', 'tar', 'python', '--dataset', 'dinov2-b', 'timm:resnet50', 'drift_rae fid') # need a network: fid without --features is Inception's
+FETCHES = ('npm', 'tar', 'python', '--dataset', 'dinov2-b', 'timm:resnet50') # need a network
 FEW = dict(encode=' --size 16 --encoder_steps 2 --decoder_steps 2', teach=' --steps 2 --batch 16 --nproc 1', distill=' --steps 2 --nproc 1',
-           run=' --size 16 --encoder_steps 2 --decoder_steps 2 --teach_steps 2 --steps 2 --nproc 1')
+           run=' --size 16 --encoder_steps 2 --decoder_steps 2 --teach_steps 2 --steps 2 --nproc 1',
+           fid=' --features judge --size 16 --unreadable skip') # Inception would have to be fetched, and takes a minute
 
 
 def commands_of(text):
