@@ -6,7 +6,7 @@
 __all__ = ['SILENT', 'Pulse', 'watch_machines', 'hang_up_when_lost', 'silence_launcher']
 
 # %% ../../nbs/engine/05b_machines.ipynb #5837ef5c
-import json, logging, os, platform, re, socket, threading, time
+import json, logging, os, platform, re, socket, stat, threading, time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -106,8 +106,12 @@ def _close_connections(host):
     "Close this process's TCP connections to a host"
     address = socket.gethostbyname(host)
     for fd in os.listdir('/proc/self/fd'):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as s:
-            if s.getpeername()[0].split(':')[-1] == address: s.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(int(fd)).st_mode): continue
+            with socket.socket(fileno=os.dup(int(fd))) as s:
+                internet = s.family in (socket.AF_INET, socket.AF_INET6) # others have no host
+                if internet and s.getpeername()[0].split(':')[-1] == address:
+                    s.shutdown(socket.SHUT_RDWR)
 
 def _hang_up(folder, host, over, patience):
     "Wait for a report of a lost machine; then, unless it is over in time, close the connections"
