@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
 from ..engine.files import load_weights
-from ..engine.parameters import ParameterError, check_config, number, several, shown, text
+from ..engine.parameters import ParameterError, check_config, number, several, shown
 from .vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, _colour_buffers
 
 # %% ../../nbs/networks/07_features.ipynb #d0360f19
@@ -146,7 +146,7 @@ def joined(self:FeatureEncoder, images:Tensor)->Tensor: # [N, 3, H, W] -> [N, C,
 def forward(self:FeatureEncoder, images:Tensor)->Tensor: # [N, 3, H, W] -> [N, dim, grid, grid]
     "Tokens of images in [0, 1]; a ValueError if the shape is not that of RGB images"
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f'images have shape {tuple(images.shape)}: expected [N, 3, H, W]')
+        raise ParameterError(f'images have shape {tuple(images.shape)}: expected [N, 3, H, W]')
     x = self.joined(images)/self.scale.view(-1, 1, 1) - self.centre.view(-1, 1, 1)
     return torch.einsum('dc,nchw->ndhw', self.directions, x)
 
