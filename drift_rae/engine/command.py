@@ -77,6 +77,8 @@ def _expected_end(e):
         return 1, f'{e.filename}: {e.strerror}'
     if isinstance(e, FloatingPointError) or type(e).__name__ == 'OutOfMemoryError':
         return 1, str(e).splitlines()[0]
+    if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+        return 1, f'the memory of this machine is too small ({str(e)[-200:]})'
     if not hasattr(e, 'exit_code'): return None
     stopped = re.search('by SIG(INT|TERM|HUP)|another process was stopped', str(e))
     return 130 if stopped else e.exit_code, str(e)

@@ -303,7 +303,8 @@ def first_machine()->bool:
 def _processes(nproc, nnodes, rdzv):
     "Number of processes to start on this machine; `ParameterError` for numbers that cannot be had"
     gpus = torch.cuda.device_count()
-    check_whole(0, nproc=nproc, nnodes=nnodes)
+    check_whole(0, max(64, 4*(os.cpu_count() or 1)), nproc=nproc)
+    check_whole(0, 10_000, nnodes=nnodes)
     if nnodes < 1 or nproc > gpus > 0:
         raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this machine has {gpus} GPUs; '
                              'accepted is 0 (all of them) or fewer, on at least one node')
