@@ -47,7 +47,12 @@ def guidance_of(
     if guidance: chosen['guidance'] = float(guidance)
     if guide: chosen['guide'] = '' if guide == 'none' else guide
     if interval: chosen['interval'] = _interval(interval)
-    return UNGUIDED if chosen['guidance'] == 1 else chosen
+    if chosen['guidance'] != 1: return chosen
+    idle = f'guide={guide!r}' if guide not in ('', 'none') else interval and f'interval={interval!r}'
+    if idle and guidance == 0:
+        raise ParameterError(f'{idle}: this teacher is not guided by default, so it would have no '
+                             'effect; accepted is an empty one, or guidance above 1 beside it')
+    return UNGUIDED
 
 # %% ../../nbs/sharing/05b_sets.ipynb #899f44d2
 def _load_any_size(guide, device):
