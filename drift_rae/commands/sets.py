@@ -187,8 +187,9 @@ def check_images_of(
         raise ParameterError(f'{path}: {n or images.n} image; accepted are 2 or more')
     side = extractor.side
     if side and tuple(images.size) != (side, side):
+        hint = ': give size=SIDE to crop them' if getattr(images, 'crop', side) == 0 else ''
         raise ParameterError(f'{path}: the images have {images.size[0]} x {images.size[1]} pixels; '
-                             f'{extractor.name} takes {side} x {side}')
+                             f'{extractor.name} takes {side} x {side}{hint}')
 
 # %% ../../nbs/commands/02_sets.ipynb #77f076de
 def _fetch(name, path):
