@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HUGGING_FACE', 'OFFICIAL_RAES', 'OFFICIAL_TEACHERS', 'resize_positions', 'from_hugging_face', 'to_hugging_face',
            'read_safetensors', 'load_encoder', 'check_collection', 'load_decoder', 'load_stats', 'decoder_config',
-           'official_teacher', 'export_official', 'export_teacher', 'COLLECTION', 'ENCODER_REPOSITORIES', 'SHA256',
-           'fetch_file']
+           'check_autoencoder', 'official_teacher', 'export_official', 'export_teacher', 'COLLECTION',
+           'ENCODER_REPOSITORIES', 'SHA256', 'fetch_file']
 
 # %% ../../nbs/networks/02_released.ipynb #75fd5cb8
 import math, pickle
@@ -19,8 +19,9 @@ from torch import Tensor
 from .vit import (
     DECODERS, ENCODERS, Encoder, RAEDecoder, make_encoder, sincos_positions)
 from ..engine.files import atomic, fill
-from ..engine.parameters import ParameterError, check_choice, check_file, check_tensor
-from ..engine.hub import check_sha256, fetch_file, read_checkpoint
+from ..engine.parameters import (
+    ParameterError, check_choice, check_file, check_tensor, shown)
+from ..engine.hub import check_sha256, fetch_file, is_repository, read_checkpoint
 from .digests import (
     COLLECTION, ENCODER_REPOSITORIES, SHA256, digests_of, fetch_released)
 _all_ = ['COLLECTION', 'ENCODER_REPOSITORIES', 'SHA256', 'fetch_file']
@@ -280,6 +281,16 @@ def decoder_config(
     side = row['input_size']//(14 if row['encoder'] == 'dinov2' else 16)
     pixels = {k: encoder[k] for k in ('image_mean', 'image_std') if k in encoder}
     return {**DECODERS[size or row['size']], 'num_patches': side*side, **pixels}
+
+# %% ../../nbs/networks/02_released.ipynb #38103b9d
+def check_autoencoder(
+    name:str, # '', tiny, a released name, a repository or a folder
+)->str: # the name
+    "`ParameterError` for a name that no autoencoder has; reads no file"
+    if name in ('', 'tiny', *OFFICIAL_RAES) or is_repository(name): return name
+    if Path(name).is_dir(): return name
+    raise ParameterError(f"autoencoder={shown(name)}: accepted is tiny, one of "
+                         f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder")
 
 # %% ../../nbs/networks/02_released.ipynb #fb75682b
 def official_teacher(

@@ -48,10 +48,11 @@ def guidance_of(
     if guide: chosen['guide'] = '' if guide == 'none' else guide
     if interval: chosen['interval'] = _interval(interval)
     if chosen['guidance'] != 1: return chosen
-    idle = f'guide={guide!r}' if guide not in ('', 'none') else interval and f'interval={interval!r}'
+    idle = [k for k, v in dict(guide=guide, interval=interval).items() if v not in ('', 'none')]
     if idle and guidance == 0:
-        raise ParameterError(f'{idle}: this teacher is not guided by default, so it would have no '
-                             'effect; accepted is an empty one, or guidance above 1 beside it')
+        raise ParameterError(f"{' and '.join(idle)}: this teacher is not guided by default, so they "
+                             'would have no effect; accepted are empty ones, or guidance above 1 '
+                             'beside them')
     return UNGUIDED
 
 # %% ../../nbs/sharing/05b_sets.ipynb #899f44d2
