@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from drift_rae.networks.released import (
-    COLLECTION, OFFICIAL_RAES, _in_source, _row, _shas, decoder_config, load_decoder,
+    COLLECTION, OFFICIAL_RAES, _in_source, _row, decoder_config, digests_of, load_decoder,
     load_encoder, load_stats)
 from .networks.features import build_encoder
 from drift_rae.networks.vit import (
@@ -224,7 +224,7 @@ def load_official(
     decoder:dict=None, # configuration of a decoder of another size
 )->RAE: # in evaluation mode
     "A released autoencoder from the Hub, from its cache, or from a folder"
-    row, shas = _row(OFFICIAL_RAES, name), _shas(str(source), revision)
+    row, shas = _row(OFFICIAL_RAES, name), digests_of(str(source), revision)
     def file(kind): return _in_source(source, [row[kind]], revision, shas)
     config = decoder or decoder_config(name)
     made = load_decoder(file('decoder'), config)

@@ -9,7 +9,7 @@ __all__ = ['log_density', 'field', 'mean_distance', 'practical_field', 'compare_
 import math
 import torch
 from torch import Tensor
-from .engine.parameters import check_positive, check_tensor
+from .engine.parameters import ParameterError, check_positive, check_tensor
 from .metrics.distances import distances
 
 # %% ../nbs/01_diffusion_gan.ipynb #ca8be329
@@ -19,8 +19,8 @@ def _check(x, tau, l, **samples):
     for name, s in samples.items():
         check_tensor(s, '', name, finite=True)
         if x.ndim not in (1, 2) or s.ndim != 2 or s.shape[-1] != x.shape[-1] or not len(s):
-            raise ValueError(f'x has shape {list(x.shape)}, {name} {list(s.shape)}: '
-                             'accepted are [D] or [n, D], and [N, D] with N >= 1')
+            raise ParameterError(f'x has shape {list(x.shape)}, {name} {list(s.shape)}: '
+                                 'accepted are [D] or [n, D], and [N, D] with N >= 1')
     check_positive(tau=tau, l=l)
 
 # %% ../nbs/01_diffusion_gan.ipynb #261f4311

@@ -19,8 +19,9 @@ from .engine.streams import check_seed
 from .engine.progress import few_threads, limit_threads
 from .engine.files import RunFolder, hash_weights, lock_folder, versions
 from .parts.generator import OneStepGenerator, load_generator, save_generator
-from .parts.ingredients import (
-    RELEASED, check_digits, check_store, fit_to_store, load_parts, unless_refused, writable)
+from drift_rae.parts.ingredients import (
+    RELEASED, check_digits, check_start, check_store, fit_to_store, load_parts, unless_refused,
+    writable)
 from .worlds.latents import describe_store
 from .worlds.shards import class_names
 from .parts.monitor import Monitor
@@ -252,8 +253,7 @@ def execute(
     "Check everything, then distil on all processes"
     out, model = writable(out), parts['model']
     with unless_refused(out, dry_run):
-        if resume == 'must' and not list((out/'checkpoints').glob('*.json')):
-            raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+        check_start(config, out, resume, nproc, nnodes, rdzv)
         nproc = processes(config, model, nproc, nnodes)
         world = (nproc or max(1, torch.cuda.device_count()))*nnodes
         check_world(config, launch._environment() or world) # torchrun and Slurm have decided

@@ -7,7 +7,7 @@ __all__ = ['plain_field', 'DriftConfig', 'drift_field', 'drift_loss', 'distances
 
 # %% ../nbs/04_drifting.ipynb #def8e077
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -54,17 +54,17 @@ def plain_field(
 def _check_raw(c):
     "A clear message for switches in units of a mean distance that scale='raw' does not take"
     without = "with scale='raw': no mean distance is taken"
-    if c.scope != 'call': raise ValueError(f'scope={c.scope!r} {without}, so there is no scope')
-    if c.guards != 'none': raise ValueError(f'guards={c.guards!r} {without}, their unit')
+    if c.scope != 'call': raise ParameterError(f'scope={c.scope!r} {without}, so there is no scope')
+    if c.guards != 'none': raise ParameterError(f'guards={c.guards!r} {without}, their unit')
     if c.perturbation != 'off' and c.perturbation_unit != 'raw':
-        raise ValueError(f"perturbation_unit={c.perturbation_unit!r} {without}; use 'raw'")
+        raise ParameterError(f"perturbation_unit={c.perturbation_unit!r} {without}; use 'raw'")
 
 # %% ../nbs/04_drifting.ipynb #9ae11742
 def _check_config(c):
     "A clear message for a configuration that makes no sense"
     t = c.temperatures
     if not t or len(set(t)) < len(t):
-        raise ValueError(f'temperatures={t}: accepted are one or more different positive numbers')
+        raise ParameterError(f'temperatures={t}: accepted are different positive numbers')
     for name, choices in _CHOICES.items(): check_choice(choices, **{name: getattr(c, name)})
     check_real(0, 1, floor=c.floor)
     if c.scale == 'raw': _check_raw(c)
@@ -123,7 +123,8 @@ def from_dict(cls:DriftConfig,
     "The inverse of `to_dict`"
     names, d = [f.name for f in fields(cls)], dict(d) if isinstance(d, dict) else {str(d): None}
     if unknown := sorted(set(d) - set(names)):
-        raise ValueError(f"unknown switch {', '.join(unknown)}: DriftConfig has {', '.join(names)}")
+        raise ParameterError(f"unknown switch {', '.join(unknown)}: "
+                             f"DriftConfig has {', '.join(names)}")
     return cls(**d)
 
 # %% ../nbs/04_drifting.ipynb #7795c727

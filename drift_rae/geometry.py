@@ -28,8 +28,8 @@ def _samples(x, labels, ndim):
     labels = check_labels(labels, n=len(x) if x.ndim else 0).to(x.device)
     expected = '[N, T, D]' if ndim == 3 else '[N, D]'
     if x.ndim != ndim or 0 in x.shape:
-        raise ValueError(f'latents of shape {list(x.shape)}: expected {expected}, '
-                         'no side of length 0')
+        raise ParameterError(f'latents of shape {list(x.shape)}: expected {expected}, '
+                             'no side of length 0')
     return x, labels
 
 # %% ../nbs/03_geometry.ipynb #75c3fa7f
@@ -38,10 +38,12 @@ def check_class(
     label:int, # its number
 ):
     "A clear message (ValueError) for a class that has no statistics"
-    if len(x) < 2: raise ValueError(f'class {label} has {len(x)} sample: at least two are needed')
+    if len(x) < 2:
+        raise ParameterError(f'class {label} has {len(x)} sample: at least two are needed')
     if x.is_complex() or not x.isfinite().all():
-        raise ValueError(f'class {label} has a latent that is NaN or infinite')
-    if (x == x[:1]).all(): raise ValueError(f'class {label}: its {len(x)} samples are all equal')
+        raise ParameterError(f'class {label} has a latent that is NaN or infinite')
+    if (x == x[:1]).all():
+        raise ParameterError(f'class {label}: its {len(x)} samples are all equal')
 
 # %% ../nbs/03_geometry.ipynb #913cb661
 def _classes(x, labels, ndim):
@@ -58,7 +60,7 @@ def _scatter(part, first):
     constant = (part == part[:1]).all(0).all(-1)
     if constant.any():
         token = first + constant.nonzero()[0].item()
-        raise ValueError(f'token {token} is constant within a class: it has no spectrum')
+        raise ParameterError(f'token {token} is constant within a class: it has no spectrum')
     x = part.double().transpose(0, 1) # [t, n, D]
     x = x - x.mean(1, keepdim=True)
     scatter = x.mT @ x if x.shape[1] >= x.shape[2] else x @ x.mT
@@ -84,8 +86,8 @@ def effective_dimensions(
 def _over_rank(numbers, x, rank):
     "Mean over tokens of effective numbers [T] of a class x [n, T, D], over r"
     if rank not in ('dimension', 'samples'):
-        raise ValueError(f'rank={rank!r}: '
-                         'accepted is dimension (r = D) or samples (r = min(D, n - 1))')
+        raise ParameterError(f'rank={rank!r}: '
+                             'accepted is dimension (r = D) or samples (r = min(D, n - 1))')
     n, _, dim = x.shape
     return numbers.mean()/(dim if rank == 'dimension' else min(dim, n - 1))
 
@@ -176,7 +178,7 @@ def spherical_mmd(
 )->float: # mean over classes
     "Equations (50) to (53): squared MMD between a class and the poles of its sphere"
     if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
-        raise ValueError(f'tau={tau!r}: accepted is a number above 0')
+        raise ParameterError(f'tau={tau!r}: accepted is a number above 0')
     return float(torch.stack([class_smmd(mine, tau) for _, mine in _classes(x, labels, 2)]).mean())
 
 # %% ../nbs/03_geometry.ipynb #b1f1bbf5
@@ -249,12 +251,13 @@ def _derivatives(x, window):
     delta = s[index] - s[:, None]
     scale = delta.abs().amax(1, keepdim=True) # the window's length: the equations are well scaled
     if (scale == 0).any():
-        raise ValueError('a trajectory stands still for a whole window of points')
+        raise ParameterError('a trajectory stands still for a whole window of points')
     u = delta/scale
     a = torch.stack([u, u**2/2, u**3/6], 2) # [N, window, 3]
     try: r = torch.linalg.solve(a.mT @ a, a.mT @ (x[index] - x[:, None])) # [N, order, 3]
     except torch.linalg.LinAlgError:
-        raise ValueError('a trajectory has fewer than three different points in a window') from None
+        raise ParameterError('a trajectory has fewer than three different points in a '
+                             'window') from None
     return [r[:, k]/scale**(k+1) for k in range(3)]
 
 # %% ../nbs/03_geometry.ipynb #cb97aaee
@@ -262,18 +265,18 @@ def _trajectories(trajectories, window):
     "Trajectories as a tensor; a clear message for shapes, windows or points that make no sense"
     x, window = _numbers(trajectories, 'trajectories'), check_whole(5, window=window)
     if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f'trajectories of shape {list(x.shape)}: '
-                         'expected [n_traj, n_points, D], no side of length 0')
+        raise ParameterError(f'trajectories of shape {list(x.shape)}: '
+                             'expected [n_traj, n_points, D], no side of length 0')
     if window % 2 == 0 or window < 5:
-        raise ValueError(f'window={window}: accepted is an odd number from 5')
+        raise ParameterError(f'window={window}: accepted is an odd number from 5')
     if x.shape[1] < window:
-        raise ValueError(f'trajectories of {x.shape[1]} points: '
-                         f'a window of {window} needs at least as many')
+        raise ParameterError(f'trajectories of {x.shape[1]} points: '
+                             f'a window of {window} needs at least as many')
     for i, one in enumerate(x):
         if not one.isfinite().all():
-            raise ValueError(f'trajectory {i} has a point that is NaN or infinite')
+            raise ParameterError(f'trajectory {i} has a point that is NaN or infinite')
         if (one == one[:1]).all():
-            raise ValueError(f'trajectory {i} stands still: all its points are equal')
+            raise ParameterError(f'trajectory {i} stands still: all its points are equal')
     return x
 
 # %% ../nbs/03_geometry.ipynb #c770158a

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Callable
 import torch
 from torch import Tensor
-from .engine.parameters import check_positive, check_real, check_whole
+from .engine.parameters import ParameterError, check_positive, check_real, check_whole
 from .metrics.distances import distances
 from .engine.streams import stream
 
@@ -82,12 +82,12 @@ def _check_sweep(d, r, taus, n_query, n, n_draws):
     check_real(r=r)
     for t in taus: check_real(tau=t)
     if d < 1 or n < 2 or n_draws < 1:
-        raise ValueError(f'd={d}, n={n}, n_draws={n_draws}: '
-                         'accepted are d >= 1, n >= 2 (n = 0 means d), n_draws >= 1')
+        raise ParameterError(f'd={d}, n={n}, n_draws={n_draws}: '
+                             'accepted are d >= 1, n >= 2 (n = 0 means d), n_draws >= 1')
     if not (0 < r < math.inf and all(0 < t < math.inf for t in taus)):
-        raise ValueError(f'r={r}, tau={list(taus)}: accepted are finite numbers above 0')
+        raise ParameterError(f'r={r}, tau={list(taus)}: accepted are finite numbers above 0')
     if n_query < 1:
-        raise ValueError(f'n_query={n_query}: accepted is a whole number from 1 (above n={n}: n)')
+        raise ParameterError(f'n_query={n_query}: accepted is a whole number from 1 (above {n}: n)')
 
 # %% ../nbs/00_theorem1.ipynb #64c6841b
 def _summary(draws):

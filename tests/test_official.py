@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import huggingface_hub, pytest, torch
 from safetensors.torch import save_file
-from drift_rae.networks import released as official
+from drift_rae.networks import digests, released as official
 from drift_rae.autoencoder import RAE, RAE_FILES
 from drift_rae.networks.vit import RAEDecoder, make_encoder
 from drift_rae.engine.parameters import ParameterError
@@ -54,7 +54,7 @@ def test_an_official_autoencoder_by_name(cache, tmp_path, rae, monkeypatch):
     weights = official.to_hugging_face({k[4:]: v.contiguous() for k, v in rae.encoder.state_dict().items()}, 'dinov2')
     into_cache(cache, 'facebook/dinov2-with-registers-base', {'model.safetensors': lambda p: save_file({k: v.contiguous() for k, v in weights.items()}, p)})
     one_sentence(lambda: RAE.from_pretrained('dinov2-b', decoder=DECODER), 'ViTXL_n08/model.pt is not the file that was expected', '5fedf7c9')
-    monkeypatch.setattr(official, 'SHA256', {official.COLLECTION: ('', {row['stats']: hashlib.sha256(stats.read_bytes()).hexdigest()})})
+    monkeypatch.setattr(digests, 'SHA256', {official.COLLECTION: ('', {row['stats']: hashlib.sha256(stats.read_bytes()).hexdigest()})})
     monkeypatch.setattr(official, 'make_encoder', lambda name, **k: make_encoder(name, **{**SMALL, **k}))
     images = torch.rand(2, 3, 256, 256)
     for name, more in (('dinov2-b', {}), (official.COLLECTION, {}), (tmp_path/'out', {}), (official.COLLECTION, dict(revision=COMMIT))):

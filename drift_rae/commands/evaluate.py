@@ -9,14 +9,13 @@ __all__ = ['picture_classes', 'labels_like', 'evaluate']
 import sys
 from json import dumps
 from pathlib import Path
-import torch
 from .fid import compare, doubts, report_lines
 from .sample import LabelledImages, write_sheet
 from .sets import (
-    PictureFolder, Watched, _statistics_only, check_set, find_generator, find_weights,
-    load_extractor, open_set)
+    PictureFolder, Watched, _statistics_only, check_comparison, check_images_of, check_set,
+    find_generator, find_weights, load_extractor, open_set)
 from ..engine.files import versions, write_json
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_output
 from ..evaluate import load_reference
 from ..metrics.images import TensorImages, to_uint8
 from ..sharing.sets import make_images
@@ -52,14 +51,14 @@ def _reference_images(reference, made, unreadable):
     raise ParameterError('a reference is needed: give -p reference PATH, a folder of pictures, an '
                          'npz file, or another run')
 
-def _check(run, reference, unreadable):
+def _check(run, reference):
     "`ParameterError` for what can be seen before any work; returns the generator's place"
     for path in (run, reference) if reference else (run,): check_set(path)
-    if unreadable not in ('error', 'skip'):
-        raise ParameterError(f'unreadable={unreadable!r}: accepted is error or skip')
     generator = find_generator(run)
-    if generator: return generator
-    raise ParameterError(f'{run}: there is no generator.safetensors in it')
+    if not generator: raise ParameterError(f'{run}: there is no generator.safetensors in it')
+    if generator != 'tiny' or Path(generator).is_dir():
+        for name in ('evaluation.json', 'evaluation.png'): check_output(Path(generator)/name)
+    return generator
 
 # %% ../../nbs/commands/05_evaluate.ipynb #592325ae
 def _keep(result, images, generator):
@@ -86,13 +85,15 @@ def evaluate(
     json:bool=False, # print the result as JSON
 )->dict: # a, b, features, metrics, notes
     "Compare a run's generator with real images: FD, KID, precision and recall"
-    generator = _check(run, reference, unreadable)
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = check_comparison(features, samples, seed, k, batch, unreadable, device, cache)
+    generator = _check(run, reference)
     extractor = load_extractor(features, find_weights(features, weights), device)
     made = make_images(generator=generator, per_class=1, seed=seed, block=50)
     moments = bool(reference) and _statistics_only(reference)
     real = None if moments else _reference_images(reference, made, unreadable)
     n = samples or (min(50_000, real.n) if real else 50*made.classes)
+    check_images_of(reference or 'training digits', real, extractor)
+    check_images_of(run, made, extractor, n)
     labels = labels_like(picture_classes(real, made.classes), n, made.classes)
     images = LabelledImages(made, labels)
     if moments: b = load_reference(reference, extractor)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from .sets import (
-    Watched, _statistics_only, check_set, find_generator, find_weights, load_extractor, open_set)
-from ..engine.parameters import ParameterError
+    Watched, _statistics_only, check_comparison, check_images_of, check_set, find_generator,
+    find_weights, load_extractor, open_set)
 from ..evaluate import load_reference
 from ..metrics.extractors import Extractor
 from ..metrics.frechet import _factor, frechet_bias, frechet_distance
@@ -167,6 +167,8 @@ def _doubts_of_counts(a, b, metrics):
     if n < 10_000 and dims >= 1000:
         yield (f'published values use 50,000 images; with {n} the measured FD is larger, and '
                'must not be compared with them')
+    if 'kid' in metrics and 'precision' not in metrics:
+        yield 'precision and recall need more images than k in both sets'
     if 'precision' in metrics and len(a.balls) != len(b.balls):
         yield (f'precision and recall depend on the numbers of images, here {len(a.balls)} and '
                f'{len(b.balls)}; compare them only with sets of the same sizes')
@@ -224,19 +226,28 @@ def report_lines(
     return sum(notes, [*out, ''])
 
 # %% ../../nbs/commands/03_fid.ipynb #d4b25cfe
-def _read(path, extractor, name, size, n, seed, unreadable, cache, batch):
-    "A set as a Reference with all of its features, or moments alone"
-    if _statistics_only(path): return load_reference(path, extractor)
-    images = open_set(path, size, n, seed, unreadable)
+def _read(path, images, extractor, name, cache, batch):
+    "A set as a Reference with all of its features; moments alone if there are no images"
+    if images is None: return load_reference(path, extractor)
     if isinstance(images, NpzImages): # the file may hold moments of a larger set, too
         return load_reference(path, extractor, balls=images.n, cache=cache, batch=batch)
     watched = Watched(images, name, file=sys.stderr)
     return load_reference(watched, extractor, balls=images.n, cache=cache, batch=batch)
 
-def _size_of(path):
+def _size_of(path, size):
     "How many images the other set should have if it is a generator; 0: not known"
     if find_generator(path) or _statistics_only(path): return 0
-    return min(50_000, open_set(path).n)
+    return min(50_000, open_set(path, size).n)
+
+def _opened(a, b, extractor, size, samples, seed, unreadable):
+    "Both sets, checked; None for moments alone"
+    sets = []
+    for path, other in ((a, b), (b, a)):
+        n = samples or (_size_of(other, size) if find_generator(path) else 0)
+        one = _statistics_only(path)
+        sets.append(None if one else open_set(path, size, n, seed, unreadable))
+        check_images_of(path, sets[-1], extractor)
+    return sets
 
 # %% ../../nbs/commands/03_fid.ipynb #691cba2f
 def fid(
@@ -255,14 +266,14 @@ def fid(
     json:bool=False, # print the result as JSON
 )->dict: # a, b, features, metrics, notes
     "Compare two sets of images: FD, KID, precision and recall, with intervals"
+    device = check_comparison(features, samples, seed, k, batch, unreadable, device, cache, size)
     for path in (a, b): check_set(path)
-    if unreadable not in ('error', 'skip'):
-        raise ParameterError(f'unreadable={unreadable!r}: accepted is error or skip')
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     extractor = load_extractor(features, find_weights(features, weights), device)
-    options = dict(size=size, seed=seed, unreadable=unreadable, cache=cache, batch=batch)
-    sets = [_read(path, extractor, f'{name}: image', n=samples or _size_of(other), **options)
-            for name, path, other in (('A', a, b), ('B', b, a))]
+    opened = _opened(a, b, extractor, size, samples, seed, unreadable)
+    sets, parts = {}, list(zip('AB', (a, b), opened))
+    for name, path, images in sorted(parts, key=lambda p: p[2] is not None): # moments first
+        sets[name] = _read(path, images, extractor, f'{name}: image', cache, batch)
+    sets = sets['A'], sets['B']
     metrics = compare(*sets, k)
     about = [dict(path=str(p), n=s.statistics.n, **s.record) for p, s in zip((a, b), sets)]
     result = dict(a=about[0], b=about[1], features=extractor.describe(), metrics=metrics,

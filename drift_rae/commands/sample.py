@@ -6,34 +6,44 @@
 __all__ = ['class_names', 'parse_labels', 'LabelledImages', 'write_sheet', 'sample']
 
 # %% ../../nbs/commands/04_sample.ipynb #78c8e63d
-import sys
+import re, sys
 from pathlib import Path
 import torch
-from .sets import Watched, check_set, find_generator
+from .sets import MOST, Watched, check_set, find_generator
 from ..engine.files import load_weights, weights_path
-from ..engine.parameters import ParameterError
-from ..engine.streams import stream
+from ..engine.parameters import (
+    ParameterError, as_path, check_choice, check_output, check_whole)
+from ..engine.streams import check_seed, stream
 from ..metrics.images import GeneratedImages, Images, write_npz, write_png
-from ..sharing.sets import make_images
+from ..sharing.sets import check_guidance, make_images
 
 # %% ../../nbs/commands/04_sample.ipynb #4ed5c31d
 def class_names(
     generator:str, # tiny, or a folder with generator.safetensors
 )->list: # one name for each class; empty if the generator has none
     "The names of a generator's classes"
+    return _classes(generator)[0]
+
+def _classes(generator):
+    "Names of a generator's classes (an empty list if there are none), and how many they are"
     folder = '' if generator == 'tiny' else generator
-    config = load_weights(weights_path('tiny/generator', folder))[1]
-    found = config.get('class_names') or config.get('about', {}).get('class_names') or []
-    return [str(n) for n in found]
+    path = weights_path('tiny/generator', folder)
+    config = load_weights(path)[1]
+    try:
+        names = config.get('class_names') or config.get('about', {}).get('class_names') or []
+        n = check_whole(1, num_classes=config['model']['num_classes'])
+        return [str(name) for name in names], n
+    except (AttributeError, KeyError, TypeError, ParameterError) as e:
+        raise ParameterError(f'{path}: the configuration does not say the classes ({e})') from e
 
 # %% ../../nbs/commands/04_sample.ipynb #7a5d043f
 def _numbers(word, classes, names):
     "Class numbers that one word means: a number, a range such as 0-9, or a name"
     if word in names: return [names.index(word)]
     first, dash, last = word.partition('-')
-    if first.isdigit() and (last.isdigit() if dash else True):
-        found = list(range(int(first), int(last or first) + 1))
-        if found and found[-1] < classes: return found
+    if re.fullmatch('[0-9]{1,9}(-[0-9]{1,9})?', word):
+        low, high = int(first), int(last or first)
+        if low <= high < classes: return list(range(low, high + 1))
     known = f' or one of {", ".join(names[:8])}' + (', ...' if len(names) > 8 else '')
     raise ParameterError(f'labels={word!r}: accepted is a class from 0 to {classes-1}, a range '
                          f'such as 0-{classes-1},' + (known if names else ' or all'))
@@ -45,8 +55,8 @@ def parse_labels(
     names:list=(), # of the classes
 )->list: # n class numbers
     "The class of each image: the classes asked for, in turn"
-    words = [w.strip() for w in labels.split(',') if w.strip()]
-    if not words or words == ['all']: chosen = list(range(classes))
+    words = [w.strip() for w in labels.split(',')]
+    if words in ([''], ['all']): chosen = list(range(classes))
     else: chosen = sum((_numbers(w, classes, list(names)) for w in words), [])
     return [chosen[i % len(chosen)] for i in range(n)]
 
@@ -98,12 +108,21 @@ def write_sheet(
 # %% ../../nbs/commands/04_sample.ipynb #b566b909
 def _new_place(out, kind):
     "Where the images go; `ParameterError` if something is there already"
-    out = Path(out)
+    out = as_path(out, 'out')
     if kind == 'npz' and out.suffix != '.npz': out = out.with_name(out.name + '.npz')
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise ParameterError(f'out={str(out)!r}: there is something already; '
                              'choose another place or remove it')
-    return out
+    return check_output(out, folder=kind == 'png')
+
+# %% ../../nbs/commands/04_sample.ipynb #65abea4f
+def _check_options(n, kind, seed, batch, guidance, guide):
+    "`ParameterError` for numbers and names that `sample` cannot use"
+    check_choice(('png', 'npz'), kind=kind)
+    check_whole(1, MOST, n=n)
+    check_whole(1, 100_000, batch=batch)
+    check_seed(seed)
+    check_guidance(guidance, guide)
 
 # %% ../../nbs/commands/04_sample.ipynb #12cb5840
 def sample(
@@ -118,16 +137,14 @@ def sample(
     guide:str='', # null, condition or a folder with a generator; empty: the recommended one
 )->Path: # where the images are
     "Write images of a one-step generator, as PNG files or as one npz file"
-    if kind not in ('png', 'npz'):
-        raise ParameterError(f'kind={kind!r}: accepted is png or npz')
-    if n < 1 or batch < 1: raise ParameterError(f'n={n}, batch={batch}: accepted is 1 or more')
+    _check_options(n, kind, seed, batch, guidance, guide)
     check_set(run)
     generator = find_generator(run)
     if not generator: raise ParameterError(f'{run}: there is no generator.safetensors in it')
-    out = _new_place(out, kind)
+    out, (names, classes) = _new_place(out, kind), _classes(generator)
+    chosen = parse_labels(labels, n, classes, names)
     made = make_images(generator=generator, per_class=1, seed=seed, block=min(n, batch),
                        extrapolation=guidance, weak=guide)
-    chosen = parse_labels(labels, n, made.classes, class_names(generator))
     images = LabelledImages(made, chosen)
     seen = Watched(images, 'image', file=sys.stderr)
     if kind == 'npz': write_npz(seen, out, chosen)

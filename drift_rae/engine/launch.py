@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'GRACE', 'START', 'rank', 'world_size', 'is_main', 'device', 'share', 'all_mean', 'all_any', 'all_max',
-           'barrier', 'broadcast_object', 'LaunchError', 'Interrupted', 'join', 'first_machine', 'launch', 'spread',
-           'catch_signals']
+           'barrier', 'broadcast_object', 'LaunchError', 'Interrupted', 'join', 'first_machine', 'check_processes',
+           'launch', 'spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #10e5eec2
 import atexit, json, multiprocessing, os, pickle, re, signal, sys, tempfile, threading
@@ -300,10 +300,15 @@ def first_machine()->bool:
     return _first
 
 # %% ../../nbs/engine/07_launch.ipynb #7a65a050
-def _processes(nproc, nnodes, rdzv):
-    "Number of processes to start on this machine; `ParameterError` for numbers that cannot be had"
+def check_processes(
+    nproc:int, # processes on this machine; 0: its visible GPUs, or 1 on the CPU
+    nnodes:int=1, # machines
+    rdzv:str='', # host:port of one of them
+)->int: # processes to start on this machine
+    "`ParameterError` for numbers that cannot be had"
     gpus = torch.cuda.device_count()
-    check_whole(0, nproc=nproc, nnodes=nnodes)
+    check_whole(0, max(64, 4*(os.cpu_count() or 1)), nproc=nproc)
+    check_whole(0, 10_000, nnodes=nnodes)
     if nnodes < 1 or nproc > gpus > 0:
         raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this machine has {gpus} GPUs; '
                              'accepted is 0 (all of them) or fewer, on at least one node')
@@ -339,6 +344,6 @@ def launch(
         _enter(world, nproc, nnodes)
         from torch.distributed.elastic.multiprocessing.errors import record
         return fn(*args, **kwargs) if world == 1 else record(fn)(*args, **kwargs)
-    nproc = _processes(nproc, nnodes, rdzv)
+    nproc = check_processes(nproc, nnodes, rdzv)
     if nproc*nnodes == 1: return fn(*args, **kwargs)
     return _spawn(_pack(fn, args, kwargs), nproc, nnodes, rdzv)

@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'SMALL', 'RESUME', 'LARGEST', 'SMALLEST', 'ParameterError',
            'check_output']
 
 # %% ../../nbs/engine/01_parameters.ipynb #e78f9438
-import json, math, numbers, operator, os, reprlib, warnings
+import json, math, numbers, operator, os, reprlib, tempfile, warnings
 from pathlib import Path
 from typing import Callable
 import numpy as np
@@ -42,8 +42,7 @@ def shown(
     "A value for a message; large ones are cut or named by type and shape"
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
         kind = 'tensor' if isinstance(value, Tensor) else 'array'
-        dtype = str(value.dtype).removeprefix('torch.')
-        return f'{kind} of {dtype} {list(value.shape)}'
+        return f"{kind} of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     try: return _short.repr(value)[:200]
     except Exception: return f'a very large {type(value).__name__}'
 
@@ -136,8 +135,7 @@ def check_parameters(
         raise ParameterError(f"unknown parameter {unknown}: this notebook has {', '.join(rules)}")
     for name, rule in rules.items():
         if name not in namespace:
-            raise ParameterError(f"parameter {name} is missing: "
-                                 "the notebook's parameters cell sets it")
+            raise ParameterError(f'parameter {name} is missing: the parameters cell sets it')
         problem = _complaint(name, namespace[name], rule)
         if problem: raise ParameterError(f'parameter {problem}')
 
@@ -334,7 +332,9 @@ def _why_not(path, folder):
     home = path if folder and path.is_dir() else path.absolute().parent
     while not home.exists() and home != home.parent: home = home.parent
     if not home.is_dir(): return f'{home} is a file'
-    return '' if os.access(home, os.W_OK | os.X_OK) else f'{home} cannot be written to'
+    try: tempfile.TemporaryFile(dir=home).close() # also where access is allowed, as in /proc
+    except OSError as e: return f'{home} cannot be written to: {e.strerror}'
+    return ''
 
 def check_output(
     path, # a string or a Path; nothing needs to be there

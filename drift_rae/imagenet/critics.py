@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['EYES', 'NETWORKS', 'LPIPS', 'TokenDistance', 'Discriminator', 'augment', 'hinge', 'adaptive_weight', 'eight_bit',
-           'frozen_network', 'load_lpips', 'load_discriminator']
+           'network_file', 'frozen_network', 'load_lpips', 'load_discriminator']
 
 # %% ../../nbs/imagenet/03_critics.ipynb #648eaab9
-import hashlib, math
+import math
 from pathlib import Path
 from fastcore.basics import patch
+from ..networks.digests import COLLECTION, commit_of
 from ..networks.vit import Encoder
-from ..engine.files import fill
+from ..engine.files import fill, sha256_of
+from ..engine.hub import check_first_use
 from ..engine.parameters import ParameterError, check_choice
 import torch, torchvision
 import torch.nn.functional as F
@@ -200,38 +202,48 @@ def eight_bit(
     return ((images.clamp(-1, 1) + 1)*127.5).round()/127.5 - 1
 
 # %% ../../nbs/imagenet/03_critics.ipynb #fd8ac8b6
-_OFFICIAL_RAE = 'https://huggingface.co/nyu-visionx/RAE-collections/resolve/main'
-NETWORKS = dict( # file, what it is, its address, and the beginning of its checksum if published
+_OFFICIAL_RAE = f'https://huggingface.co/{COLLECTION}/resolve/{commit_of(COLLECTION)}'
+NETWORKS = dict( # file, what it is, its address, and its SHA-256 if other projects recorded one
     vgg=('vgg16-397923af.pth', "torchvision's VGG16, for LPIPS",
-        'https://download.pytorch.org/models/vgg16-397923af.pth', ('sha256', '397923af')),
+        'https://download.pytorch.org/models/vgg16-397923af.pth',
+        '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0'),
     lpips=('vgg.pth', 'the channel weights of LPIPS 0.1 for VGG16',
         'https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1',
-        ('md5', 'd507d7349b931f0638a25a48a722f98a')),
+        'a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868'),
     dino=('dino_vit_small_patch8_224.pth', "DINO's ViT-S/8, for the discriminator",
-        f'{_OFFICIAL_RAE}/discs/dino_vit_small_patch8_224.pth', None),
+        f'{_OFFICIAL_RAE}/discs/dino_vit_small_patch8_224.pth', ''),
 )
 
 # %% ../../nbs/imagenet/03_critics.ipynb #4c2913fa
-def _check_sum(path, address, kind, expected):
-    "Refuse a file whose checksum is another one"
-    with open(path, 'rb') as f: found = hashlib.file_digest(f, kind).hexdigest()
-    if not found.startswith(expected):
-        raise ParameterError(f'{path} is not the file of {address}: its {kind} is {found}, '
+def _check_sum(path, address, expected):
+    "Refuse a file with another SHA-256 than the recorded one, or than that of its first use"
+    found = sha256_of(path)
+    if not expected: return check_first_use(found, path.name, path.parent)
+    if found != expected:
+        raise ParameterError(f'{path} is not the file of {address}: its sha256 is {found}, '
                              f'expected {expected}; it may be truncated')
 
 # %% ../../nbs/imagenet/03_critics.ipynb #ff2ba433
-def frozen_network(
+def network_file(
     name:str, # a key of NETWORKS: vgg, lpips or dino
     folder:str|Path, # where its file should be
-)->dict: # name -> tensor
-    "Read one of the frozen networks; a `ParameterError` if it is missing or another file"
-    file, what, address, checksum = NETWORKS[check_choice(NETWORKS, network=name)]
+)->Path: # the file, its digest checked
+    "Where a frozen network is; a `ParameterError` if it is missing or another file"
+    file, what, address, digest = NETWORKS[check_choice(NETWORKS, network=name)]
     path = Path(folder or '.')/file
     if not path.is_file():
         more = '' if folder else ', or give the folder that has it with networks=FOLDER'
         raise ParameterError(f'no file {path}: it holds {what}; get it from {address} '
                              f'and put it there{more}')
-    if checksum: _check_sum(path, address, *checksum)
+    _check_sum(path, address, digest)
+    return path
+
+def frozen_network(
+    name:str, # a key of NETWORKS: vgg, lpips or dino
+    folder:str|Path, # where its file should be
+)->dict: # name -> tensor
+    "Read one of the frozen networks; a `ParameterError` if it is missing or another file"
+    path, address = network_file(name, folder), NETWORKS[name][2]
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise ParameterError(f'{path} is not a whole PyTorch file ({type(e).__name__}): '

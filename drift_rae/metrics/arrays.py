@@ -16,12 +16,13 @@ _SUFFIXES = ('.png', '.jpg', '.jpeg')
 
 def pictures_below(
     folder:str|Path, # the folder
+    endings:tuple=_SUFFIXES, # of the files' names, in lower case
 ): # iterator over paths, in any order
     "Yield the picture files below a folder; hidden names and links to folders are passed over"
     for home, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith('.')]
         for n in names:
-            if not n.startswith('.') and Path(n).suffix.lower() in _SUFFIXES: yield Path(home)/n
+            if not n.startswith('.') and Path(n).suffix.lower() in endings: yield Path(home)/n
 
 # %% ../../nbs/metrics/00_arrays.ipynb #82e25c50
 def as_rgb(

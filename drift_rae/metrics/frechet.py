@@ -27,13 +27,13 @@ def as_features(
     if x.is_complex() or x.dtype == torch.bool:
         raise ParameterError(f'{name} are {x.dtype}: accepted are real numbers')
     if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name}: the shape is {tuple(x.shape)}, "
-                         f"accepted is [N, D], one row per image")
+        raise ParameterError(f"{name}: the shape is {tuple(x.shape)}, "
+                             f"accepted is [N, D], one row per image")
     if len(x) < least:
-        raise ValueError(f"{name}: {len(x)} samples are too few, at least {least} are needed")
+        raise ParameterError(f"{name}: {len(x)} samples are too few, at least {least} are needed")
     if not x.is_floating_point(): x = x.double()
     bad = sum(int((~part.isfinite().all(1)).sum()) for part in x.split(4096))
-    if bad: raise ValueError(f"{name}: {bad} of {len(x)} rows contain NaN or infinity")
+    if bad: raise ParameterError(f"{name}: {bad} of {len(x)} rows contain NaN or infinity")
     return x
 
 # %% ../../nbs/metrics/01_frechet.ipynb #e1062a00
@@ -41,8 +41,8 @@ def _pair(a, b, least=2, names=('the first features', 'the second features')):
     "Two sets of features [N, D] and [M, D] of the same dimension D"
     a, b = as_features(a, names[0], least), as_features(b, names[1], least)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{names[0]} have {a.shape[1]} dimensions and {names[1]} {b.shape[1]}: "
-                         f"they come from different extractors")
+        raise ParameterError(f"{names[0]} have {a.shape[1]} dimensions, {names[1]} {b.shape[1]}: "
+                             f"they come from different extractors")
     return a, b
 
 # %% ../../nbs/metrics/01_frechet.ipynb #958b013b
@@ -105,8 +105,8 @@ def _distance_of_moments(a, b):
     "Frechet distance of two FeatureStatistics"
     for s, name in ((a, 'first'), (b, 'second')): check_moments(s, f'the {name} statistics')
     if a.mu.shape != b.mu.shape:
-        raise ValueError(f"statistics of {len(a.mu)} and of {len(b.mu)} dimensions: "
-                         f"they come from different extractors")
+        raise ParameterError(f"statistics of {len(a.mu)} and of {len(b.mu)} dimensions: "
+                             f"they come from different extractors")
     mu = a.mu - b.mu
     root = _trace_of_root(a.sigma, b.sigma)
     return max(0., float(mu@mu + a.sigma.trace() + b.sigma.trace() - 2*root))

@@ -108,7 +108,7 @@ def precision_recall(
     of_real, of_gen = _block(len(real), memory), _block(len(gen), memory)
     if radii is None: radii = _radii(real, k, of_real)
     elif len(radii) != len(real):
-        raise ValueError(f'{len(radii)} radii for {len(real)} real images')
+        raise ParameterError(f'{len(radii)} radii for {len(real)} real images')
     precision = _inside(gen, real, radii, of_real)
     recall = _inside(real, gen, _radii(gen, k, of_gen), of_gen)
     return precision, recall

@@ -164,16 +164,17 @@ def _check(self:DiTDH, x, t, y):
     "A ValueError for inputs of another shape or type, or for labels without a class"
     c, s = self.in_channels, self.input_size
     if x.ndim != 4 or tuple(x.shape[1:]) != (c, s, s):
-        raise ValueError(f"latents of shape {list(x.shape)}: this model takes [N, {c}, {s}, {s}]")
+        raise ParameterError(f"latents of shape {list(x.shape)}: "
+                             f"this model takes [N, {c}, {s}, {s}]")
     if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-        raise ValueError(f"times {list(t.shape)} and labels {list(y.shape)}: "
-                         f"{len(x)} latents need one of each")
+        raise ParameterError(f"times {list(t.shape)} and labels {list(y.shape)}: "
+                             f"{len(x)} latents need one of each")
     if y.dtype != torch.int64:
-        raise ValueError(f"labels of type {y.dtype}: this model takes int64 class numbers")
+        raise ParameterError(f"labels of type {y.dtype}: this model takes int64 class numbers")
     if y.device.type != 'cpu' or torch.compiler.is_compiling() or not len(y): return
     top = len(self.y_embedder.embedding_table.weight) - 1
     wrong = y[(y < 0) | (y > top)]
-    if len(wrong): raise ValueError(f"label {wrong[0]}: this model knows 0 to {top}")
+    if len(wrong): raise ParameterError(f"label {wrong[0]}: this model knows 0 to {top}")
 
 # %% ../../nbs/networks/05_ditdh.ipynb #8bbc7bbf
 #               size  C    trunk, head   depth    heads    classes

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
-from ..engine.files import load_weights
-from ..engine.parameters import ParameterError, check_config, number, several, shown, text
+from ..engine.files import hash_weights, load_weights
+from ..engine.hub import check_first_use
+from ..engine.parameters import ParameterError, check_config, number, several, shown
 from .vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, _colour_buffers
 
 # %% ../../nbs/networks/07_features.ipynb #d0360f19
@@ -32,6 +33,8 @@ def _network(name, pretrained=False):
     if not hasattr(model, 'forward_intermediates'):
         raise ParameterError(f'encoder timm:{name}: timm {timm.__version__} gives no feature maps '
                              'of this network; accepted is one with forward_intermediates')
+    if pretrained: check_first_use(hash_weights(model.state_dict()), f'timm/{name}',
+                                   torch.hub.get_dir())
     return model
 
 # %% ../../nbs/networks/07_features.ipynb #e913d5a7
@@ -42,7 +45,10 @@ def _read(path):
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise ParameterError(f'weights: {path} is not a state dict ({type(e).__name__})') from e
-    return state.get('state_dict', state.get('model', state))
+    if isinstance(state, dict): state = state.get('state_dict', state.get('model', state))
+    if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()):
+        return state
+    raise ParameterError(f'weights: {path} is not a state dict; accepted are tensors by name')
 
 # %% ../../nbs/networks/07_features.ipynb #239bb75a
 def assign_weights(
@@ -146,7 +152,7 @@ def joined(self:FeatureEncoder, images:Tensor)->Tensor: # [N, 3, H, W] -> [N, C,
 def forward(self:FeatureEncoder, images:Tensor)->Tensor: # [N, 3, H, W] -> [N, dim, grid, grid]
     "Tokens of images in [0, 1]; a ValueError if the shape is not that of RGB images"
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f'images have shape {tuple(images.shape)}: expected [N, 3, H, W]')
+        raise ParameterError(f'images have shape {tuple(images.shape)}: expected [N, 3, H, W]')
     x = self.joined(images)/self.scale.view(-1, 1, 1) - self.centre.view(-1, 1, 1)
     return torch.einsum('dc,nchw->ndhw', self.directions, x)
 
@@ -179,4 +185,10 @@ def build_encoder(
     config:dict, # of Encoder or of FeatureEncoder
 )->nn.Module: # with random weights
     "The encoder that a configuration describes"
-    return FeatureEncoder(**config) if 'timm' in config else Encoder(**config)
+    if 'timm' not in config: return Encoder(**config)
+    known = ('timm', *_FEATURES) # no weights of other places: the file itself holds them
+    unknown = [k for k in config if k not in known]
+    if unknown:
+        raise ParameterError(f'encoder: unknown entry {shown(unknown[0])} in the configuration; '
+                             f"accepted are {', '.join(known)}")
+    return FeatureEncoder(**config)

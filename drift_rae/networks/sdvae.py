@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..engine.files import fill
 from ..engine.parameters import (
     ParameterError, check_config, check_images, number, read_json, several)
-from ..engine.hub import hub_folder, is_repository, read_checkpoint
+from ..engine.hub import check_sha256, hub_folder, is_repository, read_checkpoint
+from .digests import commit_of, digests_of
 from .released import read_safetensors
 
 # %% ../../nbs/networks/03_sdvae.ipynb #2f8c08d2
@@ -128,7 +129,9 @@ _WEIGHTS = 'diffusion_pytorch_model.safetensors'
 def _sd_files(name_or_path, revision):
     "Paths of configuration and weights; a clear message if a file is missing"
     if is_repository(name_or_path):
-        folder = hub_folder(name_or_path, ('config.json', _WEIGHTS), revision)
+        commit = commit_of(name_or_path, revision)
+        folder = hub_folder(name_or_path, ('config.json', _WEIGHTS), commit)
+        check_sha256(folder/_WEIGHTS, digests_of(name_or_path, revision).get(_WEIGHTS, ''))
     else: folder = Path(name_or_path)
     config, weights = folder/'config.json', folder/_WEIGHTS
     if not weights.is_file() and weights.with_suffix('.bin').is_file():

@@ -6,13 +6,15 @@
 __all__ = ['SHOWN', 'encoder_features', 'measure', 'run']
 
 # %% ../../nbs/own/07_run.ipynb #8c92a82e
-import json, time
+import time
+from dataclasses import replace
 from pathlib import Path
 import torch
 from ..autoencoder import RAE
 from ..engine.command import run_command
 from ..engine.files import hash_weights, write_json
-from ..engine.parameters import MODELS, check_parameters, number
+from ..engine.parameters import (
+    MODELS, RESUME, ParameterError, check_output, check_parameters, number, read_json)
 from ..engine.streams import stream
 from ..evaluate import evaluate_images, load_reference
 from ..metrics.extractors import Extractor
@@ -20,7 +22,8 @@ from ..metrics.images import TensorImages
 from .distill import distill
 from .encode import IMAGES, _source, autoencoder_of, encode
 from .pictures import Pictures, read_pictures
-from .teach import teach
+from .teach import check_processes, teach
+from ..parts.recipe import check_world, config_for
 from ..sharing.sets import make_images
 
 # %% ../../nbs/own/07_run.ipynb #38986c55
@@ -62,7 +65,8 @@ def measure(
 def _results(out, folder, workers=0, seed=0):
     "Measure a finished generator once, and write results.json"
     file = out/'results.json'
-    if file.is_file(): return json.loads(file.read_text())
+    try: return read_json(file, 'results of this run', ('generated', 'floor'))
+    except ParameterError: pass # not yet measured, or damaged
     rae = RAE.from_pretrained(autoencoder_of(out/'latents'))
     pixels, _, _ = read_pictures(folder, 2**28, workers, seed)
     with torch.no_grad(): found = measure(out, pixels, rae)
@@ -70,6 +74,12 @@ def _results(out, folder, workers=0, seed=0):
              for k, row in found.items()}
     write_json(file, plain)
     return plain
+
+# %% ../../nbs/own/07_run.ipynb #2e35fc41
+def _check_classes(images, model, nproc):
+    "`ParameterError` if so many processes cannot share a step of the distillation"
+    config, classes = config_for(model), len(Pictures(images, 32).classes)
+    check_world(replace(config, n_class=min(config.n_class, classes)), nproc)
 
 # %% ../../nbs/own/07_run.ipynb #adfdf60a
 def run(
@@ -96,9 +106,13 @@ def run(
     resume:str='auto', # auto: continue; never: start over; must: refuse to start over
 )->dict: # metrics of the generated pictures, and of real ones as a floor
     "From a folder of pictures to a one-step generator: encode, teach, distil, evaluate"
-    check_parameters(dict(teach_steps=teach_steps, steps=steps, nproc=nproc, model=model),
-                     teach_steps=number(int, 0), steps=number(int, 0), nproc=number(int, 0),
-                     model=MODELS)
+    check_parameters(dict(teach_steps=teach_steps, steps=steps, model=model, seed=seed,
+                          resume=resume, nproc=nproc),
+                     teach_steps=number(int, 0), steps=number(int, 0), model=MODELS,
+                     seed=number(int, 0), resume=RESUME, nproc=number(int, 0))
+    check_processes(model, 0, nproc)
+    check_output(out, folder=True)
+    if images and nproc: _check_classes(Path(images).expanduser(), model, nproc)
     begin, out = time.perf_counter(), Path(out)
     latents, teacher = str(out/'latents'), str(out/'teacher')
     print('1 of 4: encode', flush=True)

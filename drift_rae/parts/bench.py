@@ -29,6 +29,7 @@ from ..worlds.judge import load_judge
 from ..worlds.latents import LatentStore, latent_store, sort_by_class
 from .step import DistillConfig, config_for
 from ..worlds.vae import VAE, load_vae
+from ..engine.parameters import ParameterError
 
 # %% ../../nbs/parts/07a_bench.ipynb #7a5a87a1
 SHORT = 'n_class=2 steps=300 lr=(5e-4,5e-6)' # the short protocol; a row's own changes come later
@@ -191,7 +192,7 @@ def run_row(
     "Distil and judge one row"
     bench, config = bench or Bench(row.teacher), row.config()
     if bench.seed != row.teacher:
-        raise ValueError(f'row {row.name!r} wants teacher {row.teacher}, '
+        raise ParameterError(f'row {row.name!r} wants teacher {row.teacher}, '
             f'the bench has {bench.seed}')
     model, log, curve, seconds = _timed_distillation(row, config, seed, bench)
     begin, noise_seed = time.process_time(), evaluation['noise_seed'] + seed

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from ..autoencoder import RAE, check_statistics
 from ..networks.vit import RAEDecoder
 from ..engine.parameters import (
-    ParameterError, as_path, check_output, check_whole, read_json, shown)
+    ParameterError, as_path, check_output, check_whole, shown)
 from ..engine.progress import Progress
 from ..engine.streams import check_labels, check_seed, stream
 from ..engine.files import fill, load_weights, save_weights, weights_path, write_json
 from ..flow import DiTDH
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
-from .extrapolation import guided_step, in_steps
-from ..sharing.card import model_card
+from .extrapolation import check_extensions, guided_step, in_steps
+from ..sharing.card import check_about, figures_beside, model_card
 from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 from ..sharing.pictures import as_output, numbered, write_grid, write_numbered
 
@@ -43,8 +43,9 @@ class OneStepGenerator(nn.Module, PyTorchModelHubMixin):
         self._hub_mixin_config = None # our own files hold the configuration
         if not isinstance(model, DiTDH):
             raise ParameterError(f'model={shown(model)}: accepted is a DiTDH')
-        self.guide, self.guidance, self.times = guide, guidance, tuple(times)
-        self.model, self.about = model.eval().requires_grad_(False), about or {}
+        self.guide, self.guidance, self.times = check_extensions(guide, guidance, times)
+        self.model = model.eval().requires_grad_(False)
+        self.about = check_about(about, model.num_classes)
         if not isinstance(autoencoder, (RAE, PatchedSDVAE)):
             raise ParameterError('a generator holds an RAE or SD-VAE in patches, not a '
                                  f'{type(autoencoder).__name__}')
@@ -290,13 +291,6 @@ def _found(config, tensors, part):
     check_statistics(rae, 'generator.safetensors')
     return rae
 
-# %% ../../nbs/parts/05a_generator.ipynb #c50b5159
-def _figures_beside(folder):
-    "The results of a run, as far as they stand beside its generator, for the card"
-    if not folder: return {}
-    try: return read_json(Path(folder)/'results.json')
-    except ParameterError: return {}
-
 # %% ../../nbs/parts/05a_generator.ipynb #18ec5d8d
 _ENTRIES = {'model', 'decoder', 'eps', 'sdvae', 'about', 'guide', 'guide_model', 'guidance',
             'times'}
@@ -328,7 +322,7 @@ def load_generator(
                              f'configuration: {e}') from e
     made = OneStepGenerator(model, autoencoder, config.get('about'), guide,
                             config.get('guidance', 0.), config.get('times', (1.,)))
-    made.figures = _figures_beside(folder)
+    made.figures = figures_beside(folder)
     return made.to(device, dtype) if device or dtype else made
 
 OneStepGenerator.from_pretrained = staticmethod(load_generator)

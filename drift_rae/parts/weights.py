@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..engine.parameters import check_choice, check_positive, check_tensor
+from ..engine.parameters import ParameterError, check_choice, check_positive, check_tensor
 from ..metrics.distances import squared_norm
 
 # %% ../../nbs/parts/03b_weights.ipynb #7ea62cb9
@@ -148,8 +148,8 @@ def noise_generators(
     "The random generators of a call's noise"
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     if len(generators) not in (1, classes):
-        raise ValueError(f'{len(generators)} generators for {classes} classes: '
-                         'give one, or one for each class')
+        raise ParameterError(f'{len(generators)} generators for {classes} classes: '
+                             'give one, or one for each class')
     if twice and generators == [None]:
         return [torch.Generator(device).manual_seed(torch.randint(2**62, ()).item())]
     return generators
@@ -158,9 +158,10 @@ def noise_generators(
 def _check_weights(name, w, shape):
     "A clear message for sample weights of a wrong shape or sign"
     if w.shape != shape:
-        raise ValueError(f'{name} is {list(w.shape)}: accepted is {list(shape)}')
+        raise ParameterError(f'{name} is {list(w.shape)}: accepted is {list(shape)}')
     if not bool(((w >= 0) & w.isfinite()).all()):
-        raise ValueError(f'{name} has negative or infinite entries: accepted are numbers from 0')
+        raise ParameterError(f'{name} has negative or infinite entries: '
+                             'accepted are numbers from 0')
 
 # %% ../../nbs/parts/03b_weights.ipynb #203c2c49
 def check_samples(
@@ -175,15 +176,16 @@ def check_samples(
     for name, x in (('gen', gen), ('pos', pos), ('neg', neg)):
         check_tensor(x, 'B samples D', name)
         if (len(x), x.shape[2]) != (len(gen), gen.shape[2]):
-            raise ValueError(f'{name} is {list(x.shape)} and gen {list(gen.shape)}: '
-                             'B and D must agree')
+            raise ParameterError(f'{name} is {list(x.shape)} and gen {list(gen.shape)}: '
+                                 'B and D must agree')
     if 0 in gen.shape or not pos.shape[1]:
-        raise ValueError(f'gen is {list(gen.shape)}, pos {list(pos.shape)}: '
-                         'both need at least one sample')
+        raise ParameterError(f'gen is {list(gen.shape)}, pos {list(pos.shape)}: '
+                             'both need at least one sample')
     if classes < 1 or len(gen) % classes:
-        raise ValueError(f'classes={classes}: must divide B={len(gen)}, which is classes * tokens')
+        raise ParameterError(f'classes={classes}: must divide B={len(gen)}, '
+                             'which is classes * tokens')
     if chunk is not None and chunk < 1:
-        raise ValueError(f'chunk={chunk}: accepted is a whole number from 1, or None')
+        raise ParameterError(f'chunk={chunk}: accepted is a whole number from 1, or None')
     for name, x, w in zip(('weight_gen', 'weight_pos', 'weight_neg'), (gen, pos, neg), weights):
         if w is not None: _check_weights(name, w, x.shape[:2])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from ..geometry import trajectory_frame
 from ..parts.paths import sample_euler
+from ..engine.parameters import ParameterError
 
 # %% ../../nbs/worlds/05e_curvature.ipynb #5e2a6264
 COORDINATES = ('flow', 've', 'vp')
@@ -22,7 +23,7 @@ def change_coordinates(
 )->Tensor: # [n_traj, at most n_points, D]
     "Write flow trajectories in the coordinates of another diffusion process"
     if to not in COORDINATES:
-        raise ValueError(f"to={to!r}: accepted is one of {', '.join(COORDINATES)}")
+        raise ParameterError(f"to={to!r}: accepted is one of {', '.join(COORDINATES)}")
     if to == 'flow': return trajectories
     if to == 'vp': return trajectories/((1 - times)**2 + times**2).sqrt()[:, None]
     keep = times <= 80/81 + 1e-6

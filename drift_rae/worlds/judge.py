@@ -108,6 +108,6 @@ def judge_extractor(
         x = x.float()/255
         return dict(features=judge.features(x), logits=judge(x))
     dims = judge.features(torch.zeros(1, 3, 16, 16, device=device)).shape[1]
-    return Extractor(name, run, dims, hash_weights(judge.state_dict()), 'none', device)
+    return Extractor(name, run, dims, hash_weights(judge.state_dict()), 'none', device, 16)
 
 EXTRACTORS['judge'] = judge_extractor
