@@ -30,6 +30,8 @@ def _in_slices(x, n):
     each = -(-len(x)//n)
     return nn.functional.pad(x, (0, n*each - len(x))).view(n, each)
 
+_gather_flat = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor # older torch
+
 def _mean_in_order(_, bucket):
     "A hook of DDP: the mean of a buffer of gradients over the ranks, added in their order"
     x, n = bucket.buffer(), world_size()
@@ -38,7 +40,7 @@ def _mean_in_order(_, bucket):
     dist.all_to_all_single(theirs, mine) # row i is of rank i
     total = theirs[0].clone()
     for row in theirs[1:]: total += row
-    dist.all_gather_into_tensor(whole, total)
+    _gather_flat(whole, total)
     done = torch.futures.Future(devices=[x.device] if x.is_cuda else [])
     done.set_result(x.copy_(whole[:len(x)]))
     return done
