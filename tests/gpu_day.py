@@ -168,7 +168,8 @@ class Steps:
         student = network(model).to(day.device)
         self.average = copy.deepcopy(student).requires_grad_(False)
         student.checkpointing = config.recompute
-        if config.compiled: student.compile()
+        student.pad_swiglu(config.pad_swiglu)
+        if config.compiled: student.compile_blocks()
         self.student, self.wrapped = student, wrap(student)
         self.optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5, betas=config.betas, weight_decay=0., fused=day.cuda or None)
         self.store, self.ahead, self.i = store_for(config, model), Ahead(noise=not day.cuda), 0

@@ -61,7 +61,8 @@ class Trainer:
         self.student = random_student(self.model).to(launch.device())
         self.average = copy.deepcopy(self.student).requires_grad_(False)
         self.student.checkpointing = c.recompute
-        if c.compiled: self.student.compile()
+        self.student.pad_swiglu(c.pad_swiglu)
+        if c.compiled: self.student.compile_blocks() # as a run does
         self.network = wrap(self.student, c.sharding)
         if c.sharding == 'fsdp': self.average = wrap(self.average, c.sharding)
         trained = [p for p in self.student.parameters() if p.requires_grad]

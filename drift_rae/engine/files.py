@@ -187,6 +187,18 @@ def differences(
         found += differences(there.get(k), here.get(k), f'{name}.{k}' if name else k)
     return found
 
+# %% ../../nbs/engine/03_files.ipynb #0b0e52bd
+def _with_entry(tree, name, value):
+    "A copy of nested dictionaries with the entry a.b.c replaced, if it is there"
+    first, _, rest = name.partition('.')
+    if not isinstance(tree, dict) or first not in tree: return tree
+    return {**tree, first: _with_entry(tree[first], rest, value) if rest else value}
+
+def _entry(tree, name):
+    "The entry a.b.c of nested dictionaries, or None"
+    for part in name.split('.'): tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
 # %% ../../nbs/engine/03_files.ipynb #88124cbd
 def lock_folder(
     folder:str|Path, # made if need be

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARDING', 'wrap', 'unwrap', 'accumulate', 'clip_grad_norm', 'full_state', 'load_full_state', 'full_optimiser_state',
-           'load_full_optimiser_state', 'fast_products', 'Clock', 'worth_a_line']
+           'load_full_optimiser_state', 'is_spread', 'own_part', 'join_parts', 'load_own_part', 'collect_state',
+           'restore_state', 'fast_products', 'Clock', 'worth_a_line']
 
 # %% ../../nbs/engine/08_sharding.ipynb #ed390784
 import time, warnings
@@ -14,11 +15,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from .launch import all_any, device, is_main, world_size
+from .launch import (
+    all_any, broadcast_object, device, is_main, rank, world_size)
 from .parameters import ParameterError
+from .progress import pack_rows, unpack_rows
+from .streams import random_state, set_random_state
 
 # %% ../../nbs/engine/08_sharding.ipynb #244441b0
 SHARDING = ('ddp', 'fsdp')
+
+# %% ../../nbs/engine/08_sharding.ipynb #ac4177d1
+def _in_slices(x, n):
+    "A flat tensor as n rows of the same length, with zeros at the end"
+    each = -(-len(x)//n)
+    return nn.functional.pad(x, (0, n*each - len(x))).view(n, each)
+
+_gather_flat = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor # older torch
+
+def _mean_in_order(_, bucket):
+    "A hook of DDP: the mean of a buffer of gradients over the ranks, added in their order"
+    x, n = bucket.buffer(), world_size()
+    mine = _in_slices(x/n, n)
+    theirs, whole = torch.empty_like(mine), torch.empty_like(mine).flatten()
+    dist.all_to_all_single(theirs, mine) # row i is of rank i
+    total = theirs[0].clone()
+    for row in theirs[1:]: total += row
+    _gather_flat(whole, total)
+    done = torch.futures.Future(devices=[x.device] if x.is_cuda else [])
+    done.set_result(x.copy_(whole[:len(x)]))
+    return done
 
 # %% ../../nbs/engine/08_sharding.ipynb #d05a5ea1
 def _ddp(model):
@@ -27,8 +52,10 @@ def _ddp(model):
     known = signature(DistributedDataParallel).parameters
     sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
     gpu = [device()] if device().type == 'cuda' else None
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model, device_ids=gpu, gradient_as_bucket_view=True, **{sync: False})
+    if world_size() > 2: wrapped.register_comm_hook(None, _mean_in_order) # of two, all orders agree
+    return wrapped
 
 # %% ../../nbs/engine/08_sharding.ipynb #645d8303
 def _fsdp(model):
@@ -130,6 +157,136 @@ def load_full_optimiser_state(
     if all_any(is_main() and not state): return
     options = _options(broadcast_from_rank0=world_size() > 1)
     set_optimizer_state_dict(model, optimiser, state if is_main() else {}, options=options)
+
+# %% ../../nbs/engine/08_sharding.ipynb #f51bf199
+def is_spread(
+    model:nn.Module, # from wrap
+)->bool: # True with FSDP on several ranks
+    "Whether each rank holds only a part of the parameters"
+    return any(hasattr(p, 'to_local') for p in model.parameters())
+
+def _start(x):
+    "The first of the rows that this rank holds of a spread tensor"
+    return min(rank()*-(-len(x)//world_size()), len(x))
+
+def _cut(state):
+    "Nested dictionaries, with this rank's rows in place of a spread tensor; copies on the CPU"
+    if isinstance(state, dict): return {k: _cut(v) for k, v in state.items()}
+    if not isinstance(state, Tensor): return state
+    if not hasattr(state, 'to_local'): return state.detach().to('cpu', copy=True)
+    rows = state.to_local().detach().to('cpu', copy=True)
+    return dict(rows=rows, start=_start(state), of=len(state))
+
+# %% ../../nbs/engine/08_sharding.ipynb #726dd6b6
+def own_part(
+    model:nn.Module, # from wrap
+    optimiser:torch.optim.Optimizer=None, # of its parameters; None: the model's own state
+)->dict: # nested, by names; a spread tensor is dict(rows, start, of); {} before the first step
+    "What this rank holds of the state of a model or its optimiser; every rank has to call it"
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict, get_optimizer_state_dict)
+    if optimiser is None: return _cut(get_model_state_dict(model))
+    return _cut(get_optimizer_state_dict(model, optimiser)) if optimiser.state else {}
+
+# %% ../../nbs/engine/08_sharding.ipynb #97c6ed9d
+def _rows(parts, start, n):
+    "The rows from start to start + n of a tensor that all parts hold together"
+    found = [p['rows'][max(0, start - p['start']):max(0, start + n - p['start'])] for p in parts]
+    whole = torch.cat(found)
+    if len(whole) == n: return whole
+    raise ParameterError(f'a checkpoint in parts has {len(whole)} of {n} rows of a tensor')
+
+def join_parts(
+    parts:list, # from own_part of each rank, in their order
+): # as full_state has it, or full_optimiser_state
+    "The whole state"
+    first = parts[0]
+    if not isinstance(first, dict): return first
+    if set(first) == {'rows', 'start', 'of'}: return _rows(parts, 0, first['of'])
+    return {k: join_parts([p[k] for p in parts]) for k in first}
+
+# %% ../../nbs/engine/08_sharding.ipynb #15d68ddb
+@torch.no_grad()
+def _filled(mine, parts):
+    "A state of this rank with the values that parts hold; spread tensors are filled in place"
+    if isinstance(mine, dict):
+        return {k: _filled(v, [p[k] for p in parts]) for k, v in mine.items()}
+    if not hasattr(mine, 'to_local'): return parts[0]
+    rows = mine.to_local()
+    rows.copy_(_rows(parts, _start(mine), len(rows)))
+    return mine
+
+def load_own_part(
+    model:nn.Module, # from wrap with fsdp; filled in place
+    parts:list, # from own_part of each rank of the run that saved them
+    optimiser:torch.optim.Optimizer=None, # if given, the parts are of its state
+):
+    "Take this rank's rows from parts of any number of ranks; every rank has to call it"
+    from torch.distributed.checkpoint import state_dict as dcp
+    if optimiser is None:
+        dcp.set_model_state_dict(model, _filled(dcp.get_model_state_dict(model), parts))
+    elif parts[0]:
+        mine = _filled(dcp.get_optimizer_state_dict(model, optimiser), parts)
+        dcp.set_optimizer_state_dict(model, optimiser, mine)
+
+# %% ../../nbs/engine/08_sharding.ipynb #da0e820f
+def collect_state(
+    models:dict, # name -> model; 'model' is the one that the optimiser trains
+    optimiser:torch.optim.Optimizer, # of models['model']
+    state:dict, # name -> object with state_dict
+    rows:list, # figures of the steps so far, JSON-serialisable
+)->dict: # for Checkpoints.save; of a spread model a part on each rank, else whole on rank 0 only
+    "Everything that a continued run needs; every process has to call it"
+    spread, random = is_spread(models['model']), [random_state()]
+    if world_size() > 1:
+        mine, random = random[0], [None]*world_size()
+        torch.distributed.all_gather_object(random, mine)
+    take, take_optimiser = (own_part,)*2 if spread else (full_state, full_optimiser_state)
+    tensors = dict(models={k: take(m) for k, m in models.items()},
+                   optimiser=take_optimiser(models['model'], optimiser))
+    if spread: tensors['part'] = [rank(), world_size()]
+    if spread and not is_main(): return tensors
+    return dict(tensors, rows=pack_rows(rows), random=random,
+                state={k: s.state_dict() for k, s in state.items()})
+
+# %% ../../nbs/engine/08_sharding.ipynb #8c5a9f8a
+def _tensors(state):
+    "All tensors of a nested state"
+    if isinstance(state, torch.Tensor): yield state
+    parts = state.values() if isinstance(state, dict) else state
+    if isinstance(state, (dict, list, tuple)):
+        for p in parts: yield from _tensors(p)
+
+def _copied(state):
+    "The state with copies of its tensors, on the CPU"
+    if isinstance(state, torch.Tensor): return state.detach().to('cpu', copy=True)
+    if isinstance(state, dict): return {k: _copied(v) for k, v in state.items()}
+    return type(state)(map(_copied, state)) if isinstance(state, (list, tuple)) else state
+
+# %% ../../nbs/engine/08_sharding.ipynb #01d89312
+def restore_state(
+    found:dict, # from collect_state; looked at on rank 0 only. Or, on every rank, dict(parts=[..])
+    models:dict, # name -> model, filled in place; the same names as when the state was collected
+    optimiser:torch.optim.Optimizer, # of models['model'], filled in place
+    state:dict, # name -> object with load_state_dict
+)->list: # the figures of the steps so far
+    "The inverse of `collect_state`; every process has to call it"
+    found = found or dict(models=dict.fromkeys(models), optimiser=None)
+    parts = found.get('parts')
+    if parts: _restore_parts(parts, models, optimiser)
+    else:
+        for k, m in models.items(): load_full_state(m, found['models'][k])
+        load_full_optimiser_state(models['model'], optimiser, found['optimiser'])
+    rest = {k: (parts[0] if parts else found).get(k) for k in ('state', 'random', 'rows')}
+    rest = _copied(rest) if parts else broadcast_object(rest)
+    for k, s in state.items(): s.load_state_dict(rest['state'][k])
+    if len(rest['random']) == world_size(): set_random_state(rest['random'][rank()])
+    return unpack_rows(rest['rows'])
+
+def _restore_parts(parts, models, optimiser):
+    "Fill models and optimiser with this rank's rows"
+    for k, m in models.items(): load_own_part(m, [p['models'][k] for p in parts])
+    load_own_part(models['model'], [p['optimiser'] for p in parts], optimiser)
 
 # %% ../../nbs/engine/08_sharding.ipynb #22e94369
 @contextmanager

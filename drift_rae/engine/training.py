@@ -16,12 +16,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from . import launch
-from .checkpoints import Checkpoints, collect_state, restore_state
+from .checkpoints import (
+    Checkpoints, collect_state, on_rank_0, restore_state)
 from .files import atomic
 from .parameters import (
     RESUME, ParameterError, check_choice, check_whole, number, several)
 from .progress import Progress, read_log
-from .sharding import clip_grad_norm, worth_a_line, wrap
+from .sharding import clip_grad_norm, is_spread, worth_a_line, wrap
 _all_ = ['Checkpoints', 'read_log']
 
 # %% ../../nbs/engine/10_training.ipynb #75d7336d
@@ -187,35 +188,33 @@ def _save(self:_Run, done, wait=False):
     "Write a checkpoint after `done` steps; every process has to call it; `wait` until it is whole"
     whole = collect_state(self.models, self.optimiser, self.state, self.rows)
     kept, gpu = self.checkpoints, next(self.model.parameters()).is_cuda
-    if launch.is_main():
+    parts = 'part' in whole # of which each process writes its own
+    if launch.is_main() or parts:
         if wait: kept.save(done, whole)
-        else: kept.save_later(done, whole, own=('models', 'optimiser') if gpu else ())
+        else: kept.save_later(done, whole, own=('models', 'optimiser') if gpu or parts else ())
     if wait: launch.barrier()
 
 # %% ../../nbs/engine/10_training.ipynb #0d663776
 @patch
 def _look(self:_Run, resume):
-    "On the first process: lock the folder, and read the checkpoint to continue from, or None"
-    self.checkpoints.lock()
-    if resume == 'never': self.checkpoints.remove()
-    found = None if resume == 'never' else self.checkpoints.load()
-    if found is None and resume == 'must':
-        raise ParameterError(
-            f'resume=must, but there is no checkpoint in {self.checkpoints.folder}')
-    if found is None or found[0] <= self.steps: return found
-    raise ParameterError(f'{self.checkpoints.folder} is at step {found[0]}, beyond the '
-                         f'{self.steps} that are asked for')
+    "Lock the folder, and read the checkpoint to continue from, or None; see Checkpoints.load"
+    kept = self.checkpoints
+    on_rank_0(kept.lock)
+    if resume == 'never': return on_rank_0(kept.remove)
+    return kept.load(spread=True) if is_spread(self.model) else on_rank_0(kept.load)
 
 @patch
 def _find(self:_Run, resume):
-    "The (step, state) to continue from, or None; only rank 0 has the state; all have to call it"
+    "The (step, state) to continue from, or None; the state may be on rank 0 only; all call it"
     if self.checkpoints is None: return None
-    found = refused = None
-    if launch.is_main():
-        try: found = self._look(resume)
-        except ParameterError as e: refused = str(e)
-    step, refused = launch.broadcast_object((found and found[0], refused))
-    if refused: raise ParameterError(refused)
+    found = self._look(resume)
+    step = launch.broadcast_object(found and found[0])
+    if step is None and resume == 'must':
+        raise ParameterError(
+            f'resume=must, but there is no checkpoint in {self.checkpoints.folder}')
+    if step is not None and step > self.steps:
+        raise ParameterError(f'{self.checkpoints.folder} is at step {step}, beyond the '
+                             f'{self.steps} that are asked for')
     return None if step is None else (step, found and found[1])
 
 # %% ../../nbs/engine/10_training.ipynb #e76befec
