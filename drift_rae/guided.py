@@ -24,7 +24,7 @@ from .parts.recipe import DistillConfig
 from .distill import distill
 from .flow import DiTDH, one_step
 from .parts.step import to_tokens
-from .parts.extrapolation import guided_step
+from .parts.extrapolation import extrapolated_weights, guided_step
 
 # %% ../nbs/12_guided.ipynb #d023d34c
 def guided_gaussian(
@@ -135,8 +135,7 @@ def extrapolated_network(
 )->DiTDH: # a new network
     "The network with the weights strong + w (strong - weak)"
     net = DiTDH(**strong.config).eval().requires_grad_(False)
-    a, b = strong.state_dict(), weak.state_dict()
-    net.load_state_dict({k: v + w*(v - b[k]) if v.is_floating_point() else v for k, v in a.items()})
+    net.load_state_dict(extrapolated_weights(strong, weak, w))
     return net
 
 # %% ../nbs/12_guided.ipynb #98026bc1
