@@ -289,8 +289,7 @@ _TRAINED = ( # name, what is changed in the short protocol, weak side, strengths
     ('plain', '', 'null label', GRID['null label']),
     ('dropout', 'label_dropout=.1', 'null label', GRID['null label']),
     ('condition', 'strength=2. n_uncond=16', 'condition', _STRENGTHS),
-    ('condition, up to 4', 'strength=4. n_uncond=16', 'condition', _STRENGTHS),
-    ('condition, 64 reals', 'strength=2. n_uncond=64', 'condition', _STRENGTHS))
+    ('condition, up to 4', 'strength=4. n_uncond=16', 'condition', _STRENGTHS))
 TRAINED = {n: (Row('guided', n, (256, 64, 192), c), side, w) for n, c, side, w in _TRAINED}
 CONDITIONS = tuple(n for n in TRAINED if n.startswith('condition'))
 

@@ -9,7 +9,7 @@ from drift_rae.flow import load_teacher, one_step
 from drift_rae.parts.generator import OneStepGenerator
 from drift_rae.sharing.sets import make_images
 from drift_rae.parts.step import config_for, step_labels
-from drift_rae.parts.extrapolation import in_steps, strength_time
+from drift_rae.parts.extrapolation import InWeights, in_steps, strength_time
 
 SMALL = dict(steps=2, n_class=2, n_pos=16, n_neg=8, n_extra_neg=8, monitor_every=0, nproc=1)
 
@@ -64,6 +64,26 @@ def test_a_run_with_guidance_as_a_condition(tmp_path):
     z = image_noise([3], made.autoencoder.latent_shape, 0)
     with torch.no_grad(): wanted = z - made.model(z, torch.full((1,), strength_time(2.)), torch.tensor([3]))
     torch.testing.assert_close(made.latents([3], guidance=1.), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_run_keeps_an_earlier_average_and_it_can_be_the_weak_side(tmp_path):
+    final = run(tmp_path, 'snapshot=1')
+    start(out=str(tmp_path/'short'), **{**SMALL, 'steps': 1}) # its first step is the same
+    earlier, short = (OneStepGenerator.from_pretrained(tmp_path/d) for d in ('run/earlier', 'short'))
+    assert all(torch.equal(p, q) for p, q in zip(earlier.model.parameters(), short.model.parameters()))
+    assert not torch.equal(final.sample([3]), earlier.sample([3]))
+    for name, guide in (('', earlier), ('weights:', InWeights(earlier.model))):
+        images = make_images(generator=tmp_path/'run', per_class=1, block=10, extrapolation=.2, weak=f'{name}{tmp_path}/run/earlier')
+        torch.testing.assert_close(images[3].float(), 255*final.sample([3], guidance=.2, guide=guide)[0] - .5, atol=.51, rtol=0)
+    start(out=str(tmp_path/'run'), changes='snapshot=1', **SMALL) # finished: nothing happens
+    start(out=str(tmp_path/'without'), **SMALL)
+    with pytest.raises(ParameterError, match='has kept no earlier average'): start(out=str(tmp_path/'without'), changes='snapshot=1', **SMALL)
+
+
+def test_in_weights_another_architecture_is_refused(tiny):
+    from drift_rae.flow import DiTDH
+    other = DiTDH(**{**tiny.model.config, 'class_dropout_prob': 0.})
+    with pytest.raises(ParameterError, match='has other tensors'): tiny.sample([1], guidance=.1, guide=InWeights(other))
 
 
 def test_a_run_of_two_steps(tmp_path):
