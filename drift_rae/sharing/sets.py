@@ -84,7 +84,8 @@ def _named_weak(weak, made):
     "A weak side by name, for a generator; None: the recommended one"
     if weak in ('', 'null', 'condition'): return weak or None
     kind, _, name = weak.rpartition('weights:')
-    if name in OFFICIAL_TEACHERS or Path(name).is_file(): network = load_guide(name, made.model)
+    flow = name in OFFICIAL_TEACHERS or Path(name).suffix in ('.pt', '.safetensors')
+    if flow: network = load_guide(name, made.model)
     else: network = OneStepGenerator.from_pretrained(name).model
     network = network.to(next(made.model.parameters()).device)
     return InWeights(network) if weak.startswith('weights:') else network
