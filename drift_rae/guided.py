@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'KEPT', 'CHOICE', 'REPORTED', 'NOISE', 'GRID', 'FURTHER', 'WHOLE', 'CURVE', 'SEEDS', 'TRAINED',
-           'CONDITIONS', 'guided_gaussian', 'best_strength', 'guided_variance', 'Mixture', 'flow_map', 'within_class',
-           'spread_and_correlation', 'along_field', 'extrapolated_network', 'states_of', 'guided_by', 'measure_sides',
-           'chosen_strengths', 'choices', 'reported', 'trained_choice', 'chosen_condition', 'trained', 'main']
+           'CONDITIONS', 'LATER', 'guided_gaussian', 'best_strength', 'guided_variance', 'Mixture', 'flow_map',
+           'within_class', 'spread_and_correlation', 'along_field', 'extrapolated_network', 'states_of', 'guided_by',
+           'measure_sides', 'chosen_strengths', 'choices', 'reported', 'trained_curve', 'chosen_condition', 'trained',
+           'main']
 
 # %% ../nbs/12_guided.ipynb #8dbea5ad
 import argparse, copy, io, math
@@ -292,39 +293,45 @@ _TRAINED = ( # name, what is changed in the short protocol, weak side, strengths
     ('condition, up to 4', 'strength=4. n_uncond=16', 'condition', _STRENGTHS))
 TRAINED = {n: (Row('guided', n, (256, 64, 192), c), side, w) for n, c, side, w in _TRAINED}
 CONDITIONS = tuple(n for n in TRAINED if n.startswith('condition'))
+LATER = {'condition, up to 4': (1.5, 2., 3.)} # its first grid ended at its best strength, too
 
-# %% ../nbs/12_guided.ipynb #3e7a80a5
-def trained_choice(
+# %% ../nbs/12_guided.ipynb #bd381210
+def trained_curve(
     name:str, # key of TRAINED
+    seed:int, # of the student
+    kind:str, # choice or reported
     bench:Bench=None, # to train and measure what is not stored; None: only look
-)->dict|None: # figures of the weak side at each strength, seed 11
-    "The run on which the strength of a kind of training is chosen"
-    row, side, strengths = TRAINED[name]
-    return _stored_sides(f'choice, {name}', CHOICE[0], {side: strengths}, 'choice', bench,
-                         config=row.config())
+)->dict|None: # figures of the weak side at each strength, and without guidance
+    "A student of one kind of training, over all strengths"
+    (row, side, first), more = TRAINED[name], []
+    for n, strengths in ((name, first), (f'{name}, further', LATER.get(name))):
+        if strengths:
+            more.append(_stored_sides(f'{kind}, {n}', seed, {side: strengths}, kind, bench,
+                                      [side]*(kind == 'reported'), row.config()))
+    if all(more): return {k: {**v, **more[-1][k]} for k, v in more[0].items()}
 
-# %% ../nbs/12_guided.ipynb #7f06a9aa
+# %% ../nbs/12_guided.ipynb #8f92a832
 def chosen_condition(
     bench:Bench=None, # to train and measure what is not stored; None: only look
 )->str: # one of CONDITIONS
     "The kind of condition whose best strength has the smallest distance on the run for choices"
     def least(name):
-        d = trained_choice(name, bench)
+        d = trained_curve(name, CHOICE[0], 'choice', bench)
         return min(x['fd'] for x in d['condition'].values()) if d else math.inf
     return min(CONDITIONS, key=least)
 
-# %% ../nbs/12_guided.ipynb #1efea621
+# %% ../nbs/12_guided.ipynb #9a6e952e
 def trained(
     name:str, # key of TRAINED
     bench:Bench=None, # to train and measure what is not stored; None: only look
 )->tuple: # chosen strength, or None; seed -> figures of the reported runs, the whole curve
     "Students of one kind of training, and their guidance"
-    (row, side, strengths), choice = TRAINED[name], trained_choice(name, bench)
+    _, side, strengths = TRAINED[name]
+    choice = trained_curve(name, CHOICE[0], 'choice', bench)
     if not choice: return None, {}
-    grid = {side: strengths}
-    found = {s: _stored_sides(f'reported, {name}', s, grid, 'reported', bench, [side],
-                              row.config()) for s in SEEDS}
-    return chosen_strengths([choice], grid)[side][0], {s: d for s, d in found.items() if d}
+    w = chosen_strengths([choice], {side: strengths + LATER.get(name, ())})[side][0]
+    found = {s: trained_curve(name, s, 'reported', bench) for s in SEEDS}
+    return w, {s: d for s, d in found.items() if d}
 
 # %% ../nbs/12_guided.ipynb #fa0d2964
 def main(
