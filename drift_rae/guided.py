@@ -327,8 +327,7 @@ def trained(
 )->tuple: # chosen strength, or None; seed -> figures of the reported runs, the whole curve
     "Students of one kind of training, and their guidance"
     _, side, strengths = TRAINED[name]
-    choice = trained_curve(name, CHOICE[0], 'choice', bench)
-    if not choice: return None, {}
+    if not (choice := trained_curve(name, CHOICE[0], 'choice', bench)): return None, {}
     w = chosen_strengths([choice], {side: strengths + LATER.get(name, ())})[side][0]
     found = {s: trained_curve(name, s, 'reported', bench) for s in SEEDS}
     return w, {s: d for s, d in found.items() if d}
