@@ -60,7 +60,9 @@ def weights_file(
     return path
 
 # %% ../../nbs/metrics/04_extractors.ipynb #397f2157
-def check_sha256_start(path):
+def check_sha256_start(
+    path:str|Path, # a file with eight digits of its digest in its name
+):
     "Released files bear the start of their SHA-256 in their names; `ParameterError` for another"
     named = re.search(r'-([0-9a-f]{8})\.', Path(path).name)
     if named and not sha256_of(path).startswith(named[1]):
