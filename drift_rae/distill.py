@@ -145,8 +145,23 @@ def _write_generator(average, teacher, rae, out, about, options):
     whole = sharding.full_state(average)
     if launch.is_main():
         teacher.load_state_dict(whole) # it has the architecture, and is no longer needed
-        save_generator(OneStepGenerator(teacher, rae.cpu(), about, **options), out)
+        save_generator(OneStepGenerator(teacher, rae, about, **options), out)
     launch.barrier()
+
+# %% ../nbs/06_distill.ipynb #dc34c476
+def _watched(monitor, config, write, out):
+    "What a run calls after each step: the monitor, and once the writing of the earlier average"
+    if not config.snapshot: return monitor
+    def callback(step, row, average):
+        if step+1 == config.snapshot: write(average, Path(out)/'earlier')
+        return monitor and monitor(step, row, average)
+    return callback
+
+def _check_snapshot(config, out):
+    "A finished run has its earlier average, if one is wanted, or it is too late"
+    if config.snapshot and not (Path(out)/'earlier/generator.safetensors').is_file():
+        raise ParameterError(f'snapshot={config.snapshot}: the run in {out} is finished and has '
+                             'kept no earlier average; resume=never starts over')
 
 # %% ../nbs/06_distill.ipynb #4954abd0
 def run(
@@ -169,16 +184,21 @@ def _run(config, out, seed, resume, stop_above, about, parts):
     rae = rae.to(launch.device())
     maps_of(config, rae) # or a clear message, before any work
     folder = RunFolder(out, _identity(config, seed, teacher, store, rae), _grows(config))
-    if is_finished(folder, resume): return finished_rows(folder, config.steps)
+    if is_finished(folder, resume):
+        _check_snapshot(config, out)
+        return finished_rows(folder, config.steps)
+    about = dict(config=config.to_dict(), seed=seed, versions=versions(), **about)
+    if names := class_names(store): about['class_names'] = names
+    options = config.generator_options()
+    def write(average, where): _write_generator(average, teacher, rae, where, about, options)
     monitor = None
     if config.monitor_every:
         monitor = Monitor(store, rae.decode, out, config.monitor_every, stop_above=stop_above,
                           samples=config.monitor_samples, precision=config.precision)
     average, rows = distill(teacher, store, config, seed=seed, folder=out, resume=resume,
-                            device=launch.device(), callback=monitor, autoencoder=rae)
-    about = dict(config=config.to_dict(), seed=seed, versions=versions(), **about)
-    if names := class_names(store): about['class_names'] = names
-    _write_generator(average, teacher, rae, out, about, config.generator_options())
+                            device=launch.device(), autoencoder=rae,
+                            callback=_watched(monitor, config, write, out))
+    write(average, out)
     if launch.is_main(): folder.finish(['generator.safetensors', 'generator.json'])
     return rows
 

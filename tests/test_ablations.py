@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from drift_rae.parts.bench import CHECK, recipe, recipe_hash, result_path, short_digest
 from drift_rae.ablations import ROWS, main, missing, stored
 from drift_rae.metrics.verdicts import Claim, decide, detectable, holm, verdicts
-from drift_rae.imagenet.commands import command, commands, meant, parse
+from drift_rae.imagenet.commands import GUIDED, command, commands, evaluations, meant, parse
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'/'ablations'
@@ -139,6 +139,14 @@ def test_every_command_means_its_row():
     assert {c.table for c in found} == {'3', '4', '5', '5 original', '6', '7', '9', 'beyond the paper'}
     assert all(meant(parse(c.text)[1]) == c.config for c in found)
     assert len({c.text.split('-p out ')[1] for c in found}) == len(found)
+
+def test_every_row_beyond_the_paper_is_evaluated_by_a_command():
+    outs, found = {parse(c.text)[1]['out'] for c in commands()}, evaluations(seed=3)
+    assert list(found) == [row for row, *_ in GUIDED]
+    for (_, run, w, weak), text in zip(GUIDED, found.values()):
+        notebook, given = parse(text)
+        assert (notebook, given['generator'], given.get('extrapolation', 0), given.get('weak', ''), given['seed']) == ('nbs/07_evaluate.ipynb', run, w, weak, 3)
+        assert run in outs and (not weak.removeprefix('weights:').startswith('runs/') or weak.removeprefix('weights:').removesuffix('/earlier') in outs)
 
 def test_the_commands_of_table_9_start_without_a_teacher():
     found = {c.row: (c, parse(c.text)[1]) for c in commands() if c.table == '9'}

@@ -134,7 +134,7 @@ def sample(
     seed:int=0, # of the noises; the same seed gives the same images
     batch:int=50, # images that are made together
     guidance:float=0., # w of S + w (S - weak side); 0: none, -1: the recommended one
-    guide:str='', # null, condition or a folder with a generator; empty: the recommended one
+    guide:str='', # null, condition, a generator or flow model, weights:NAME; empty: recommended
 )->Path: # where the images are
     "Write images of a one-step generator, as PNG files or as one npz file"
     _check_options(n, kind, seed, batch, guidance, guide)

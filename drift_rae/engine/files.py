@@ -221,7 +221,7 @@ class RunFolder:
     "The output folder of one run, from its first file to `done.json`"
     results = ('results.json', 'samples.png', 'generator.*', 'teacher.*',
                'done.json') # of a whole run
-    history = 'log.csv', 'monitor.json', 'sheets', 'tensorboard' # grow with the steps
+    history = 'log.csv', 'monitor.json', 'sheets', 'tensorboard', 'earlier' # grow with the steps
 
     def __init__(self,
         folder:str|Path, # the run's output folder

@@ -22,7 +22,8 @@ from ..engine.files import fill, load_weights, save_weights, weights_path, write
 from ..flow import DiTDH
 from ..engine.hub import fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
-from .extrapolation import check_extensions, guided_step, in_steps
+from .extrapolation import (InWeights, check_extensions, extension_entries,
+                                           guided_step, in_steps)
 from ..sharing.card import check_about, figures_beside, model_card
 from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 from ..sharing.pictures import as_output, numbered, write_grid, write_numbered
@@ -34,7 +35,7 @@ class OneStepGenerator(nn.Module, PyTorchModelHubMixin):
         model:nn.Module, # the distilled flow model
         autoencoder:nn.Module, # RAE or PatchedSDVAE; its decode is used
         about:dict=None, # provenance, JSON-serialisable
-        guide='null', # the weak side that its guidance is meant for: null, condition, a network
+        guide='null', # weak side of its guidance: null, condition, a network, InWeights
         guidance:float=0., # recommended strength w; 0: none
         times:tuple=(1.,), # times of its steps, falling from 1
     ):
@@ -104,7 +105,7 @@ def generate(self:OneStepGenerator,
     z:Tensor, # noise [N, *noise_shape]
     labels:Tensor, # int64 [N]
     guidance:float=0., # w of guided_step; 0: none, None: the recommended one
-    guide=None, # null, condition, a network or a generator; None: the recommended one
+    guide=None, # null, condition, a network, InWeights, a generator; None: the recommended one
 )->Tensor: # latents [N, C, h, w]
     "Latents of given noises"
     z = z.to(next(self.model.parameters()).dtype)
@@ -140,7 +141,7 @@ def latents(self:OneStepGenerator,
     seed=0, # one whole number for all, or one per image
     batch:int=256, # images at a time
     guidance:float=0., # w of guided_step; 0: none, None: the recommended one
-    guide=None, # null, condition, a network or a generator; None: the recommended one
+    guide=None, # null, condition, a network, InWeights, a generator; None: the recommended one
 )->Tensor: # [N, C, h, w], in the type of the weights
     "Generated latents: `sample` without the decoder"
     parts = list(self._batches(labels, seed, batch, guidance, guide, False))
@@ -155,7 +156,7 @@ def sample(self:OneStepGenerator,
     seed=0, # one whole number for all, or one per image
     batch:int=256, # images at a time; the same image differs by 1e-5 at most for other batches
     guidance:float=0., # w of S + w (S - weak side); 0: none, None: the recommended one
-    guide=None, # null, condition, a network or a generator; None: the recommended one
+    guide=None, # null, condition, a network, InWeights, a generator; None: the recommended one
     output:str='tensor', # tensor; numpy: uint8 [N, H, W, 3]; pil: a list of PIL images
     progress:bool=False, # show the batches that are done, and the time left
 )->Tensor: # images float32 [N, 3, H, W] in [0, 1], or what `output` says
@@ -230,22 +231,15 @@ def _kept(a):
     tensors.update({k: v for k, v in stats.items() if v is not None})
     return tensors, dict(decoder=a.decoder.config, eps=a.eps)
 
-# %% ../../nbs/parts/05a_generator.ipynb #a8877283
-def _extensions(generator):
-    "Configuration and tensors of guidance and of several steps; empty for neither"
-    more, guide = {}, generator.guide
-    if len(generator.times) > 1: more['times'] = list(generator.times)
-    if generator.guidance: more['guidance'] = generator.guidance
-    if isinstance(guide, str): return more if guide == 'null' else dict(more, guide=guide), {}
-    return dict(more, guide='network', guide_model=guide.config), guide.state_dict()
-
 # %% ../../nbs/parts/05a_generator.ipynb #31860b9b
 def _guide_of(config, part):
     "The guide of a configuration"
-    if config.get('guide') != 'network': return config.get('guide', 'null')
+    kind = config.get('guide', 'null')
+    if kind not in ('network', 'weights'): return kind
     with torch.device('meta'): guide = DiTDH(**config['guide_model'])
     fill(guide, part('guide.'), 'guide')
-    return guide.eval().requires_grad_(False)
+    guide = guide.eval().requires_grad_(False)
+    return InWeights(guide) if kind == 'weights' else guide
 
 # %% ../../nbs/parts/05a_generator.ipynb #6522cd7f
 def save_generator(
@@ -256,7 +250,7 @@ def save_generator(
     folder = check_output(folder, folder=True)
     m, (tensors, about) = generator.model, _kept(generator.autoencoder)
     tensors = {**{f'model.{k}': v for k, v in m.state_dict().items()}, **tensors}
-    more, guide = _extensions(generator)
+    more, guide = extension_entries(generator)
     tensors.update({f'guide.{k}': v for k, v in guide.items()})
     config = dict(model=m.config, **about, **more, about=generator.about)
     save_weights(Path(folder)/'generator.safetensors', tensors, config)

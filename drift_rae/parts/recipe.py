@@ -18,8 +18,8 @@ from ..drifting import DriftConfig
 
 # %% ../../nbs/parts/05b_recipe.ipynb #0facae7e
 _LEAST = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, n_uncond=0, steps=1, at_once=1,
-              micro_batch=0, checkpoint_every=1, keep=1, monitor_every=0, monitor_samples=1,
-              readers=1, pad_swiglu=1)
+              micro_batch=0, checkpoint_every=1, keep=1, snapshot=0, monitor_every=0,
+              monitor_samples=1, readers=1, pad_swiglu=1)
 _ACCEPTED = dict(precision=('float32', 'bfloat16'), sharding=('ddp', 'fsdp'),
                  recompute=(False, True), compiled=(False, True), decode_encode=(False, True))
 
@@ -72,6 +72,9 @@ def _check_extensions(c):
     if not c.times or c.times[0] != 1 or sorted({*c.times, 0.})[::-1] != [*c.times, 0.]:
         raise ParameterError(f'times={c.times}: accepted are numbers that fall from 1. and stay '
                              'above 0, such as (1.,.5)')
+    if c.snapshot >= c.steps:
+        raise ParameterError(f'snapshot={c.snapshot} of {c.steps} steps: accepted is an earlier '
+                             'step, or 0 (none)')
     if len(c.times) > 1 and c.n_uncond:
         raise ParameterError('times and n_uncond: several steps cannot be trained with guidance, '
                              'because both are told to the network by its time')
@@ -107,6 +110,7 @@ class DistillConfig:
     sharding:str='ddp' # several processes: ddp (each holds the whole model) or fsdp (a part)
     checkpoint_every:int=500 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
+    snapshot:int=0 # steps after which the average is also kept as a generator, earlier/; 0: never
     monitor_every:int=500 # steps between sheets of samples and quick distances; 0: none
     monitor_samples:int=2000 # samples of such a distance
 

@@ -13,9 +13,10 @@ from ..autoencoder import RAE
 from ..engine.parameters import ParameterError, check_choice, check_real, check_whole
 from ..engine.files import hash_weights
 from ..engine.streams import check_seed
-from ..flow import load_teacher
-from ..flow import sample as sample_flow
+from ..flow import load_teacher, sample as sample_flow
 from ..metrics.images import QUANTISE, GeneratedImages
+from ..networks.released import OFFICIAL_TEACHERS
+from ..parts.extrapolation import InWeights
 from ..parts.generator import OneStepGenerator
 
 # %% ../../nbs/sharing/05b_sets.ipynb #0f2ae071
@@ -85,17 +86,24 @@ def _student_or_teacher(generator, steps, teacher, autoencoder, model, device):
     return OneStepGenerator(load_teacher(teacher or 'tiny', model, device), rae)
 
 # %% ../../nbs/sharing/05b_sets.ipynb #f3d80ce6
-def _named_weak(weak, device):
-    "A weak side by name; None: the recommended one"
+def _named_weak(weak, made):
+    "A weak side by name, for a generator; None: the recommended one"
     if weak in ('', 'null', 'condition'): return weak or None
-    return OneStepGenerator.from_pretrained(weak).to(device).model
+    kind, _, name = weak.rpartition('weights:')
+    flow = name in OFFICIAL_TEACHERS or Path(name).suffix in ('.pt', '.safetensors')
+    if flow: network = load_guide(name, made.model)
+    else: network = OneStepGenerator.from_pretrained(name).model
+    network = network.to(next(made.model.parameters()).device)
+    return InWeights(network) if weak.startswith('weights:') else network
 
 def _weak_about(made, w, weak):
     "Provenance of a guided set; empty without guidance"
     if not w: return {}
     weak = made.guide if weak is None else weak
     name = weak if isinstance(weak, str) else hash_weights(weak.state_dict())
-    return dict(extrapolation=w, weak=name, nfe=1 if name == 'condition' else 2)
+    single = name == 'condition' or isinstance(weak, InWeights)
+    about = dict(extrapolation=w, weak=name, nfe=1 if single else 2)
+    return dict(about, place='weights') if isinstance(weak, InWeights) else about
 
 # %% ../../nbs/sharing/05b_sets.ipynb #89b1a881
 def _guided(net, steps, guidance, interval, guide):
@@ -136,7 +144,7 @@ def make_images(
     interval:tuple=(0., 1.), # times in which guidance acts
     guide:str='', # weaker model for autoguidance, as for load_guide; empty: without the label
     extrapolation:float=0., # of the student: w of guided_step; 0: none, -1: the recommended one
-    weak:str='', # of the student: null, condition, a generator's folder; empty: the recommended
+    weak:str='', # of the student: null, condition, a folder or flow model; empty: recommended
     per_class:int=200, # images of each class
     seed:int=0, # of the noises
     quantise:str='truncate', # as the official sampling; round: see to_uint8
@@ -153,7 +161,7 @@ def make_images(
     net, decoder = made.model, made.autoencoder
     guided = _guided(net, steps, guidance, interval, guide)
     w = made.guidance if extrapolation == -1 else extrapolation
-    side = _named_weak(weak, device) if w else None
+    side = _named_weak(weak, made) if w else None
     def generate(z, y):
         z, y = z.to(device), y.to(device)
         if steps > 1: x = sample_flow(net, z, y, steps=steps, **guided)
