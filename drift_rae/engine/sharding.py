@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARDING', 'wrap', 'unwrap', 'accumulate', 'clip_grad_norm', 'full_state', 'load_full_state', 'full_optimiser_state',
            'load_full_optimiser_state', 'is_spread', 'own_part', 'join_parts', 'load_own_part', 'collect_state',
-           'restore_state', 'fast_products', 'Clock', 'worth_a_line']
+           'restore_state', 'fast_products', 'Clock', 'worth_a_line', 'check_share']
 
 # %% ../../nbs/engine/08_sharding.ipynb #ed390784
 import time, warnings
@@ -336,3 +336,13 @@ def worth_a_line(
     if total <= 100 or step in (0, total-1): return True
     early = (step + 1) & step == 0 # a power of two
     return early or (step + 1)*75//total > step*75//total
+
+# %% ../../nbs/engine/08_sharding.ipynb #73faa5a3
+def check_share(
+    batch:int, # samples of a step, over all processes
+    world:int, # number of processes
+):
+    "`ParameterError` if so many processes cannot have equal shares"
+    if batch % world == 0: return
+    raise ParameterError(f'batch={batch} on {world} processes: the shares would not be equal; '
+                         f'accepted is a batch that {world} divides, or other processes')

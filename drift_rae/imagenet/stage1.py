@@ -334,15 +334,15 @@ def start_stage1(
     precision:str='', # of the forward passes: float32 or bfloat16; empty: as the preset has it
 )->list: # the log: one dict per step
     "Check what can be checked, then train on all processes"
-    check_whole(0, steps=steps, batch=batch, nproc=nproc)
-    seed, _ = check_seed(seed), check_choice((0, 1), gan=gan)
+    check_whole(0, steps=steps, batch=batch)
+    seed, gan = check_seed(seed), check_choice((0, 1), gan=gan)
     check_choice(RESUME, resume=resume)
-    check_output(out or f'runs/stage1_{model}', folder=True)
+    out = check_output(out or f'runs/stage1_{model}', folder=True)
     given = dict(batch=batch, steps=steps, precision=precision)
     given = {k: v for k, v in given.items() if v}
     config = Stage1Config.preset(model, **given, **({} if gan else {'gan': 0.}))
+    sharding.check_share(config.batch, launch.check_processes(nproc, nnodes, rdzv)*nnodes)
     _check_stage1(model, config, images, networks)
-    out = Path(out or f'runs/stage1_{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')):
         raise ParameterError(f'resume=must: there is no checkpoint in {out}')
     return launch.launch(

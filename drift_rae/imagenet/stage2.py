@@ -9,7 +9,7 @@ __all__ = ['TeacherMonitor', 'flow_parts', 'run_flow', 'start_flow']
 from dataclasses import asdict, replace
 from pathlib import Path
 from ..engine import launch
-from ..engine.sharding import fast_products, full_state
+from ..engine.sharding import check_share, fast_products, full_state
 from ..autoencoder import RAE
 from ..engine.parameters import (
     MODELS, RESUME, SMALL, ParameterError, check_choice, check_output, check_whole)
@@ -141,6 +141,7 @@ def start_flow(
     given = dict(steps=steps, batch=batch, at_once=at_once, precision=precision)
     given = {k: v for k, v in given.items() if v}
     flow = replace(FlowConfig.preset(model), **given)
+    check_share(flow.batch, launch.check_processes(nproc, nnodes, rdzv)*nnodes)
     flow_parts(model, latents, autoencoder)
     if flow.hold >= flow.steps: flow = replace(flow, hold=flow.steps//20)
     out = Path(out or f'runs/teacher_{model}')
