@@ -52,8 +52,8 @@ def guidance_of(
     idle = [k for k, v in dict(guide=guide, interval=interval).items() if v not in ('', 'none')]
     if idle and guidance == 0:
         raise ParameterError(f"{' and '.join(idle)}: this teacher is not guided by default, so "
-                             'they would have no effect; accepted are empty ones, or guidance above 1 '
-                             'beside them')
+                             'they would have no effect; accepted are empty ones, or guidance '
+                             'above 1 beside them')
     return UNGUIDED
 
 # %% ../../nbs/sharing/05b_sets.ipynb #899f44d2
