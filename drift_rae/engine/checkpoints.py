@@ -326,8 +326,8 @@ def is_finished(
     if refused: raise ParameterError(refused)
     if done and launch.is_main():
         names = ', '.join(sorted(p.name for p in folder.folder.glob('[!.]*')))
-        print(f'{folder.folder} holds this run, finished ({names}); nothing is made again, '
-              'resume=never starts over', flush=True)
+        print(f'{folder.folder} holds this run, finished: nothing is made again '
+              f'(resume=never starts over)\nfiles: {names}', flush=True)
     return done
 
 def finished_rows(

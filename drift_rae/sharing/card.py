@@ -84,8 +84,8 @@ def model_card(
             + f"\nClasses: {', '.join(names[:100])}{', ...' if len(names) > 100 else ''}.\n"
             + _rows('How it was made', {**made, **recipe})
             + _rows('How good it is', _measured(figures or {}))
-            + '\nLicence: the weights have the licence of the pictures that they were trained on; '
-            'name it in the head of this file. The method: arXiv 2606.15553.\n')
+            + '\nLicence: the weights have the licence of the pictures that they were trained on.\n'
+            'Name it in the head of this file. The method: arXiv 2606.15553.\n')
 
 # %% ../../nbs/sharing/04c_card.ipynb #91aaa31c
 def figures_beside(

@@ -40,7 +40,7 @@ class Ahead:
 
 # %% ../../nbs/worlds/05h_reading.ipynb #e9cbaf18
 @patch
-def __call__(self:Ahead, store, classes, config, seed, step)->tuple: # as `step_samples`
+def __call__(self:Ahead, store, classes, config, seed, step)->tuple: # positives, noise
     "The samples of the next portion; the first call says where the run starts"
     begin = time.perf_counter()
     if self.samples is None: self._begin(store, config, seed, step)
