@@ -20,14 +20,14 @@ from .worlds.data import deform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from drift_rae.networks.released import (
-    COLLECTION, OFFICIAL_RAES, _in_source, _row, decoder_config, digests_of, load_decoder,
-    load_encoder, load_stats)
+from .networks.released import (
+    COLLECTION, OFFICIAL_RAES, _in_source, _row, check_autoencoder, decoder_config, digests_of,
+    load_decoder, load_encoder, load_stats)
 from .networks.features import build_encoder
 from drift_rae.networks.vit import (
     DECODERS, ENCODERS, Encoder, IMAGENET_MEAN, IMAGENET_STD, RAEDecoder, make_encoder,
     sincos_positions)
-from .engine.hub import hub_folder, is_repository
+from .engine.hub import check_target, hub_folder, is_repository
 from .networks.sdvae import open_sdvae
 from .sharing.pictures import to_images
 from fastcore.basics import patch
@@ -199,7 +199,8 @@ def load_rae(
     **options, # for load_official: name, encoder, decoder
 )->RAE: # in evaluation mode
     "Read an autoencoder; a clear message if a file is missing, damaged or does not fit"
-    if device or dtype: return load_rae(name_or_path, revision, **options).to(device, dtype)
+    if check_target(device, dtype):
+        return load_rae(name_or_path, revision, **options).to(device, dtype)
     if not _is_ours(name_or_path, options): return open_rae(name_or_path, revision, **options)
     name, folder = ('tiny', '') if str(name_or_path) == 'tiny' else ('x', name_or_path)
     file = Path(folder)/'config.json'
@@ -266,9 +267,7 @@ def open_rae(
     if what == COLLECTION: return load_official(name, COLLECTION, revision, **options)
     if os.path.isdir(what): return _open_folder(what, name, options)
     if is_repository(what): return _open_repository(what, revision)
-    raise ParameterError(f"autoencoder {what!r}: accepted is tiny, one of "
-                         f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with "
-                         'encoder, decoder and stats (.safetensors)')
+    check_autoencoder(what) # refuses it
 
 # %% ../nbs/02_rae.ipynb #a4d28860
 def contrastive_loss(

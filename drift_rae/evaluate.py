@@ -93,6 +93,7 @@ def _moments(path, z, extractor):
         raise ParameterError(f"{path} has NaN or infinity in its statistics")
     n = 0
     if 'n' in z: n = check_whole(0, **{f'{path}, n': z['n'].item() if z['n'].ndim == 0 else None})
+    if n == 1: raise ParameterError(f'{path}, n=1: accepted are 2 images or more; 0: not known')
     check_moments(FeatureStatistics(mu, sigma, n), path, tolerance=1e-3)
     return FeatureStatistics(mu, (sigma + sigma.T)/2, n)
 
@@ -105,7 +106,8 @@ def _read_statistics(path, extractor):
             balls = _balls(path, z['balls'], extractor) if 'balls' in z else None
             return _moments(path, z, extractor), balls
     except ParameterError: raise
-    except (ValueError, TypeError, KeyError, OSError, zlib.error, zipfile.BadZipFile) as e:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError, zlib.error,
+            zipfile.BadZipFile) as e:
         raise ParameterError(f'{path} is damaged ({e}): accepted is a saved reference') from e
 
 # %% ../nbs/07_evaluate.ipynb #26e108fd
@@ -132,7 +134,8 @@ def _numbers(path, name, x):
 def _balls(path, x, extractor):
     "Features of an open npz file as a tensor [n, D]"
     x = torch.from_numpy(_numbers(path, 'balls', x))
-    if x.ndim == 2 and x.shape[1] == extractor.dims and x.isfinite().all(): return x
+    fits = x.ndim == 2 and len(x) and x.shape[1] == extractor.dims
+    if fits and x.isfinite().all(): return x
     raise ParameterError(f'{path}: balls is {list(x.shape)}, or not finite; accepted are features '
                          f'[n, {extractor.dims}]')
 

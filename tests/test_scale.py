@@ -37,7 +37,7 @@ def test_a_run_of_four_processes_continues_on_two(tmp_path):
 def test_five_processes_cannot_share_four_classes():
     with pytest.raises(ParameterError, match='5 processes for n_class=4'): start(nproc=5, dry_run=1)
 
-@pytest.mark.parametrize('world, kills', [(1, 20), (2, 20)])
+@pytest.mark.parametrize('world, kills', [(1, 20), (2, 20), pytest.param(1, 100, marks=pytest.mark.slow), pytest.param(2, 100, marks=pytest.mark.slow)])
 def test_killed_runs_end_where_an_undisturbed_one_ends(world, kills, tmp_path):
     whole, cut = tmp_path/'whole', tmp_path/'cut'
     for folder, n in ((whole, 0), (cut, kills)):

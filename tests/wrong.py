@@ -4,7 +4,7 @@ Each line of the table is `target | expression | wanted`. An expression runs in 
 became of it is one of: `clear` (a ParameterError, or a ValueError that this package raises itself),
 `raw` (any other exception), `late` (clear, but a network had run before), `accepted` (no exception).
 `wanted` is clear or accepted. A line that is accepted where clear is wanted is a silent one."""
-import functools, io, json, math, os, shutil, sys, time, traceback, zipfile
+import contextlib, functools, io, json, math, os, shlex, shutil, sys, tempfile, time, traceback, zipfile
 from pathlib import Path
 from importlib import import_module
 import numpy as np
@@ -78,6 +78,10 @@ def toy():
     from drift_rae.metrics.extractors import Extractor
     pool = torch.nn.AdaptiveAvgPool2d(2)
     return Extractor('toy', lambda x: dict(features=pool(x.float()).flatten(1)), 12, 'none', 'none')
+@made
+def judge_extractor():
+    from drift_rae.worlds.judge import load_extractor
+    return load_extractor('judge')
 @made
 def noise_images():
     from drift_rae.metrics.images import GeneratedImages
@@ -154,8 +158,14 @@ def config_of(name, **changes):
 def saved_rae(folder='rae'):
     rae().save_pretrained(folder)
     return folder
+@functools.cache
+def _a_generator():
+    "A folder with the miniature's generator, saved once: saving draws images for the card"
+    place = tempfile.mkdtemp()
+    gen().save_pretrained(place)
+    return place
 def saved_generator(folder='gen'):
-    gen().save_pretrained(folder)
+    shutil.copytree(_a_generator(), folder)
     return folder
 def saved_teacher(name='t.safetensors'):
     from drift_rae.flow import save_teacher
@@ -197,12 +207,22 @@ def cells_of(notebook):
     cells = [c for c in json.loads((HERE.parent/'nbs'/f'{notebook}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
     return [''.join(c['source']) for c in cells]
 def cell(notebook, wrong):
-    """The cells of a notebook up to the check of its parameters, with other parameters; an error must come there"""
+    "The cells of a notebook up to the check of its parameters, with other parameters; an error must come there"
     cells = cells_of(notebook)
     plain = ['\n'.join(l for l in c.splitlines() if not l.startswith('#|')) for c in cells]
     last = next(i for i, s in enumerate(plain) if s.lstrip().startswith('check_parameters('))
     space = {}
     for source in [*cells[:last], wrong, cells[last]]: exec(source, space)
+
+def cli(words):
+    "The command `drift_rae` with these words; a refusal (exit code 1 or 2 and a message) is a ParameterError"
+    from drift_rae.commands.command import main
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said): main(shlex.split(words))
+    except SystemExit as e:
+        if e.code in (1, 2): raise ParameterError(said.getvalue().strip()[-1000:]) from None
+        raise RuntimeError(f'exit code {e.code}') from None
 
 def outcome(expression, folder):
     "What became of an expression: (word, message)"
@@ -212,6 +232,7 @@ def outcome(expression, folder):
     code = compile(expression, 'wrong_inputs.txt', 'exec')
     space = {n: resolved(n) for n in names_in(code)}
     space = {n: v for n, v in space.items() if v is not None}
+    if 'saved_generator' in space: _a_generator() # before forward passes are counted
     hook = register_module_forward_pre_hook(note)
     before = os.getcwd()
     os.chdir(folder)

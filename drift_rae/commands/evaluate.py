@@ -12,10 +12,10 @@ from pathlib import Path
 from .fid import compare, doubts, report_lines
 from .sample import LabelledImages, write_sheet
 from .sets import (
-    PictureFolder, Watched, _statistics_only, check_comparison, check_images_of, check_set,
-    find_generator, find_weights, load_extractor, open_set)
+    PictureFolder, Watched, _statistics_only, check_comparison, check_few, check_images_of,
+    check_set, find_generator, find_weights, load_extractor, open_set)
 from ..engine.files import versions, write_json
-from ..engine.parameters import ParameterError, check_output
+from ..engine.parameters import ParameterError, check_output, check_whole
 from ..evaluate import load_reference
 from ..metrics.images import TensorImages, to_uint8
 from ..sharing.sets import make_images
@@ -87,18 +87,20 @@ def evaluate(
     "Compare a run's generator with real images: FD, KID, precision and recall"
     device = check_comparison(features, samples, seed, k, batch, unreadable, device, cache)
     generator = _check(run, reference)
+    if samples: check_whole(2, samples=samples)
     extractor = load_extractor(features, find_weights(features, weights), device)
-    made = make_images(generator=generator, per_class=1, seed=seed, block=50)
     moments = bool(reference) and _statistics_only(reference)
+    b = load_reference(reference, extractor) if moments else check_few(reference, extractor)
+    made = make_images(generator=generator, per_class=1, seed=seed, block=50)
     real = None if moments else _reference_images(reference, made, unreadable)
     n = samples or (min(50_000, real.n) if real else 50*made.classes)
     check_images_of(reference or 'training digits', real, extractor)
     check_images_of(run, made, extractor, n)
     labels = labels_like(picture_classes(real, made.classes), n, made.classes)
     images = LabelledImages(made, labels)
-    if moments: b = load_reference(reference, extractor)
-    else: b = load_reference(Watched(real, 'real: image', sys.stderr), extractor, balls=real.n,
-                             cache=cache, batch=batch)
+    if not moments:
+        real_seen = Watched(real, 'real: image', sys.stderr)
+        b = load_reference(real_seen, extractor, balls=real.n, cache=cache, batch=batch)
     seen = Watched(images, 'generated: image', sys.stderr)
     a = load_reference(seen, extractor, balls=images.n, batch=batch)
     metrics = compare(a, b, k)

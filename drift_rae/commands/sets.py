@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'MOST', 'PictureFolder', 'find_generator', 'check_set', 'open_set', 'Watched', 'check_comparison',
-           'check_images_of', 'find_weights', 'rae_extractor', 'load_extractor']
+           'check_images_of', 'check_few', 'find_weights', 'rae_extractor', 'load_extractor']
 
 # %% ../../nbs/commands/02_sets.ipynb #357d30ba
 import os, socket, sys, time, zipfile
@@ -190,6 +190,18 @@ def check_images_of(
         hint = ': give size=SIDE to crop them' if getattr(images, 'crop', side) == 0 else ''
         raise ParameterError(f'{path}: the images have {images.size[0]} x {images.size[1]} pixels; '
                              f'{extractor.name} takes {side} x {side}{hint}')
+
+# %% ../../nbs/commands/02_sets.ipynb #5703596d
+def check_few(
+    path:str|Path, # a set of images; empty: none
+    extractor:Extractor, # of the features
+):
+    "`ParameterError` for a folder or an npz file of fewer than two images; reads no image"
+    if not path or find_generator(path): return
+    if not Path(path).is_dir(): return check_images_of(path, NpzImages(path), extractor)
+    n = len(list(pictures_below(path, PICTURES)))
+    if n < 2 and not (Path(path)/'plan.json').is_file():
+        raise ParameterError(f'{path}: {n} images; accepted are 2 or more')
 
 # %% ../../nbs/commands/02_sets.ipynb #77f076de
 def _fetch(name, path):

@@ -209,7 +209,8 @@ def check_tensor(
     "A tensor of this shape and kind; `ParameterError` says what it is and what is accepted"
     wanted = f"[{', '.join(shape.split())}]" if shape else 'of any shape'
     accepted = f'accepted is a tensor {wanted} of {_KINDS[kind][0]}'
-    if not isinstance(x, Tensor): raise ParameterError(f'{name}={shown(x)}: {accepted}')
+    if not isinstance(x, Tensor) or x.layout is not torch.strided: # sparse ones have no values
+        raise ParameterError(f'{name}={shown(x)}: {accepted}')
     what = f'{name}: the type is {str(x.dtype)[6:]} and the shape {list(x.shape)}'
     if shape and not _fits(x.shape, shape.split()): raise ParameterError(f'{what}; {accepted}')
     if not _KINDS[kind][1](x): raise ParameterError(f'{what}; {accepted}')

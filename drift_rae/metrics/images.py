@@ -55,6 +55,8 @@ class Images(torch.utils.data.Dataset):
 
     def read(self, indices):
         "The images with these indices, uint8 [n, 3, H, W]"
+        if not hasattr(indices, '__iter__'):
+            raise ParameterError(f'images {shown(indices)}: accepted is a list of whole numbers')
         return torch.stack([self._one(check_whole(0, len(self)-1, image=i)) for i in indices])
 
     def describe(self):

@@ -289,8 +289,9 @@ def check_autoencoder(
     "`ParameterError` for a name that no autoencoder has; reads no file"
     if name in ('', 'tiny', *OFFICIAL_RAES) or is_repository(name): return name
     if Path(name).is_dir(): return name
-    raise ParameterError(f"autoencoder={shown(name)}: accepted is tiny, one of "
-                         f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder")
+    raise ParameterError(f"autoencoder {shown(name)}: accepted is tiny, one of "
+                         f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with "
+                         'encoder, decoder and stats (.safetensors)')
 
 # %% ../../nbs/networks/02_released.ipynb #fb75682b
 def official_teacher(

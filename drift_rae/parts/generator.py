@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..autoencoder import RAE, check_statistics
 from ..networks.vit import RAEDecoder
 from ..engine.parameters import (
-    ParameterError, as_path, check_output, check_whole, shown)
+    ParameterError, as_path, check_output, check_tensor, check_whole, shown)
 from ..engine.progress import Progress
 from ..engine.streams import check_labels, check_seed, stream
 from ..engine.files import fill, load_weights, save_weights, weights_path, write_json
 from ..flow import DiTDH
-from ..engine.hub import fetch_file, is_repository
+from ..engine.hub import check_target, fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from .extrapolation import (InWeights, check_extensions, extension_entries,
                                            guided_step, in_steps)
@@ -87,6 +87,7 @@ def _number(names, label):
 def _numbers(generator, labels):
     "Labels of any kind, also one alone or by name, as a list of ints"
     if isinstance(labels, (str, int, np.integer)): labels = [labels]
+    if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim == 0: labels = labels[None]
     if isinstance(labels, np.ndarray) and labels.dtype.kind == 'U': labels = labels.tolist()
     if isinstance(labels, (list, tuple)):
         labels = [_number(generator.class_names, l) for l in labels]
@@ -108,9 +109,11 @@ def generate(self:OneStepGenerator,
     guide=None, # null, condition, a network, InWeights, a generator; None: the recommended one
 )->Tensor: # latents [N, C, h, w]
     "Latents of given noises"
-    z = z.to(next(self.model.parameters()).dtype)
+    check_tensor(labels, 'N', 'labels', 'whole')
+    z = check_tensor(z, '', 'noise', finite=True).to(next(self.model.parameters()).dtype)
     if guidance is None: guidance = self.guidance
     if guide is None: guide = self.guide
+    check_extensions(guide, guidance, self.times)
     if len(self.times) == 1:
         return guided_step(self.model, z, labels, guidance, getattr(guide, 'model', guide))
     if guidance:
@@ -296,6 +299,7 @@ def load_generator(
     dtype:torch.dtype=None, # of the weights; None: float32
 )->OneStepGenerator:
     "Read a one-step generator; a clear message if a file is missing, damaged or does not fit"
+    moved = check_target(device, dtype) # before anything is read
     name_or_path = as_path(name_or_path, 'generator') if name_or_path != 'tiny' else 'tiny'
     if is_repository(name_or_path):
         name_or_path = fetch_file(str(name_or_path), 'generator.safetensors', revision).parent
@@ -317,7 +321,7 @@ def load_generator(
     made = OneStepGenerator(model, autoencoder, config.get('about'), guide,
                             config.get('guidance', 0.), config.get('times', (1.,)))
     made.figures = figures_beside(folder)
-    return made.to(device, dtype) if device or dtype else made
+    return made.to(device, dtype) if moved else made
 
 OneStepGenerator.from_pretrained = staticmethod(load_generator)
 

@@ -58,7 +58,7 @@ def _each(x):
     "The entries of a list of pictures, each as float [1, 3, H, W]"
     for one in x:
         if _is_pil(one): one = _from_pil(one)
-        if isinstance(one, np.ndarray): one = torch.from_numpy(one)
+        if isinstance(one, np.ndarray) and one.dtype.kind in 'biufc': one = torch.from_numpy(one)
         if not isinstance(one, Tensor):
             raise ParameterError(f'images: the list holds {shown(one)}; accepted are PIL images, '
                                  'arrays and tensors')

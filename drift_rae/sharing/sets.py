@@ -40,7 +40,7 @@ def guidance_of(
     guide:str='', # weaker model: name or file; none: the same model without label; empty: Table 4's
 )->dict: # guidance (number), interval (two times), guide (name or file; empty: without label)
     "The guidance that a program's parameters mean; ParameterError says what is accepted"
-    if guidance < 1 and guidance != 0:
+    if check_real(guidance=guidance) < 1 and guidance != 0:
         raise ParameterError(f'guidance={guidance}: accepted is a number from 1 (none), or 0 '
                              '(the default of this teacher)')
     known = {} if teacher == 'fresh' or model != 'xl' else GUIDED['ditdh-xl']

@@ -43,7 +43,7 @@ class Judge(nn.Module):
     def pooled(self, images:Tensor)->Tensor:
         "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1], else ValueError"
         check_tensor(images, 'N 3 16 16', 'images')
-        check_images(images)
+        images = check_images(images).to(self.head.weight.dtype)
         return self.body(images.mean(1, keepdim=True)).mean((2, 3))
 
     def features(self, images:Tensor)->Tensor:

@@ -42,7 +42,8 @@ def posterior(self:VAE,
     images:Tensor, # [N, 3, H, W] in [0, 1]
 )->tuple: # mean, log-variance [N, C, h, w]
     "The Gaussian of the latents of each image, before the scale"
-    mean, log_var = self.moments(self.encoder(check_images(images))).chunk(2, dim=1)
+    images = check_images(images).to(self.moments.weight.dtype)
+    mean, log_var = self.moments(self.encoder(images)).chunk(2, dim=1)
     return mean, log_var.clamp(-20, 10)
 
 # %% ../../nbs/worlds/02a_vae.ipynb #88db1b21
