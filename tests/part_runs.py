@@ -9,9 +9,10 @@ import torch.distributed.checkpoint.state_dict, torch.distributed.device_mesh, t
 import torch._dynamo # once, before the forks
 import small_runs
 from drift_rae.distill import distill
-from drift_rae.engine import checkpoints, sharding, training
+from drift_rae.engine import checkpoints, machines, sharding, training
 from drift_rae.engine.checkpoints import Checkpoints
 from drift_rae.engine.launch import all_mean
+from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.training import train
 
 def together(folder, world, work, *args):
@@ -115,6 +116,13 @@ def apart(folder):
     try: kept.save(1, checkpoints.collect_state(models, optimiser, {}, []))
     except OSError as e: return str(e)
 
+def apart_at_the_start(folder):
+    "As `apart`, found out before the first step; the error of each"
+    machines.check_shared.__defaults__ = (0,)
+    def no_step(step, network): raise AssertionError('a step was made')
+    try: train(Net(), no_step, steps=2, sharding='fsdp', checkpoints=Checkpoints(folder/f'disk_{dist.get_rank()}', {}))
+    except ParameterError as e: return str(e)
+
 def same(a, b):
     "Nested values are the same to the bit"
     if isinstance(a, torch.Tensor): return torch.equal(a, b) and a.dtype == b.dtype
@@ -142,7 +150,7 @@ def cases(folder):
                       for kind, n in (('fsdp', 2), ('fsdp', 3), ('ddp', 2), ('ddp', 1))}
     ddp = together(folder/'other', 2, save, 'ddp')[0]['state']
     found['fsdp after ddp'] = same(together(folder/'other', 3, load, 'fsdp')[0]['state'], ddp)
-    found['apart'] = together(folder/'apart', 2, apart)
+    found['apart'], found['apart at the start'] = (together(folder/f.__name__, 2, f) for f in (apart, apart_at_the_start))
 
     part = folder/'whole/run/checkpoints/step_0000006.1of2.pt' # one bit of one part
     data = bytearray(part.read_bytes()); data[len(data)//2] ^= 1; part.write_bytes(data)
