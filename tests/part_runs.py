@@ -14,6 +14,7 @@ from drift_rae.engine.checkpoints import Checkpoints
 from drift_rae.engine.launch import all_mean
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.training import train
+from drift_rae.flow import Randomness
 
 def together(folder, world, work, *args):
     "Call work(folder, *args) in forked processes that form a group; what each returned, or None if it was killed or failed"
@@ -70,10 +71,11 @@ def run(folder, kind='fsdp', kill=None, stop=-1, thread=False):
     "A training of six steps with a checkpoint after every second one; losses on each rank, weights and their average on rank 0"
     if kill: kill_at(*kill)
     if thread: checkpoints.AT_ONCE = 0
-    model, average = Net(), Net().requires_grad_(False)
-    rows = train(model, step_fn, steps=6, average=average, sharding=kind, log=folder/'run/log.csv', checkpoints=Checkpoints(folder/'run/checkpoints', {}, every=2),
+    model, average, drawn = Net(), Net().requires_grad_(False), Randomness(3, 'x') # whose state is gathered from all processes
+    def with_noise(step, network): return dict(step_fn(step, network), drawn=torch.rand((), generator=drawn.generator).item())
+    rows = train(model, with_noise, state=dict(drawn=drawn), steps=6, average=average, sharding=kind, log=folder/'run/log.csv', checkpoints=Checkpoints(folder/'run/checkpoints', {}, every=2),
         callback=lambda step, row: 'enough' if step == stop else None)
-    return [[r['loss'], r['gradient_norm']] for r in rows], [sharding.full_state(m) for m in (model, average)]
+    return [[r['loss'], r['gradient_norm'], r['drawn']] for r in rows], [sharding.full_state(m) for m in (model, average)]
 
 def distilled(folder, kind, stop=-1):
     "A distillation of six steps, whose gradients come in another order than that of the parameters"
@@ -124,7 +126,7 @@ def apart_at_the_start(folder):
     except ParameterError as e: return str(e)
 
 def same(a, b):
-    "Nested values are the same to the bit"
+    "Nested values are the same to the bit; a process without a result is like no other"
     if isinstance(a, torch.Tensor): return torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return all(same(*v) for v in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
@@ -135,13 +137,13 @@ def killed(folder, where, rank, undisturbed):
     "A run of two that is killed while it saves step 4, then continued by two: what was left, what the continuation loaded, whether it ends the same"
     assert None in together(folder, 2, run, 'fsdp', (where, rank))
     left = names(folder)
-    end = together(folder, 2, run)[0]
+    end = together(folder, 2, run)
     return dict(left=left, after=names(folder), same=same(end, undisturbed))
 
 def cases(folder):
-    found, undisturbed = {}, together(folder/'whole', 2, run)[0]
+    found, undisturbed = {}, together(folder/'whole', 2, run)
     for where, rank in (('part', 0), ('part', 1), ('description', 0)): found[f'{where} {rank}'] = killed(folder/f'{where}_{rank}', where, rank, undisturbed)
-    found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True)[0], undisturbed)
+    found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True), undisturbed)
 
     both = together(folder/'state', 2, save, 'fsdp')
     saved = [p['state'] for p in both]
@@ -154,7 +156,7 @@ def cases(folder):
 
     part = folder/'whole/run/checkpoints/step_0000006.1of2.pt' # one bit of one part
     data = bytearray(part.read_bytes()); data[len(data)//2] ^= 1; part.write_bytes(data)
-    found['damaged'] = same(together(folder/'whole', 2, run)[0], undisturbed), (folder/'whole/said_0.txt').read_text().count('1of2.pt has another checksum')
+    found['damaged'] = same(together(folder/'whole', 2, run), undisturbed), (folder/'whole/said_0.txt').read_text().count('1of2.pt has another checksum')
 
     found['three'] = {}
     for kind in sys.argv[2:]: # of three processes, the order of a sum matters
