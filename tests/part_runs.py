@@ -126,7 +126,7 @@ def apart_at_the_start(folder):
     except ParameterError as e: return str(e)
 
 def same(a, b):
-    "Nested values are the same to the bit; a process without a result is like no other"
+    "Nested values are the same to the bit"
     if isinstance(a, torch.Tensor): return torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return all(same(*v) for v in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
@@ -142,6 +142,7 @@ def killed(folder, where, rank, undisturbed):
 
 def cases(folder):
     found, undisturbed = {}, together(folder/'whole', 2, run)
+    assert None not in undisturbed
     for where, rank in (('part', 0), ('part', 1), ('description', 0)): found[f'{where} {rank}'] = killed(folder/f'{where}_{rank}', where, rank, undisturbed)
     found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True), undisturbed)
 
