@@ -9,10 +9,12 @@ import torch.distributed.checkpoint.state_dict, torch.distributed.device_mesh, t
 import torch._dynamo # once, before the forks
 import small_runs
 from drift_rae.distill import distill
-from drift_rae.engine import checkpoints, sharding, training
+from drift_rae.engine import checkpoints, machines, sharding, training
 from drift_rae.engine.checkpoints import Checkpoints
 from drift_rae.engine.launch import all_mean
+from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.training import train
+from drift_rae.flow import Randomness
 
 def together(folder, world, work, *args):
     "Call work(folder, *args) in forked processes that form a group; what each returned, or None if it was killed or failed"
@@ -69,10 +71,11 @@ def run(folder, kind='fsdp', kill=None, stop=-1, thread=False):
     "A training of six steps with a checkpoint after every second one; losses on each rank, weights and their average on rank 0"
     if kill: kill_at(*kill)
     if thread: checkpoints.AT_ONCE = 0
-    model, average = Net(), Net().requires_grad_(False)
-    rows = train(model, step_fn, steps=6, average=average, sharding=kind, log=folder/'run/log.csv', checkpoints=Checkpoints(folder/'run/checkpoints', {}, every=2),
+    model, average, drawn = Net(), Net().requires_grad_(False), Randomness(3, 'x') # whose state is gathered from all processes
+    def with_noise(step, network): return dict(step_fn(step, network), drawn=torch.rand((), generator=drawn.generator).item())
+    rows = train(model, with_noise, state=dict(drawn=drawn), steps=6, average=average, sharding=kind, log=folder/'run/log.csv', checkpoints=Checkpoints(folder/'run/checkpoints', {}, every=2),
         callback=lambda step, row: 'enough' if step == stop else None)
-    return [[r['loss'], r['gradient_norm']] for r in rows], [sharding.full_state(m) for m in (model, average)]
+    return [[r['loss'], r['gradient_norm'], r['drawn']] for r in rows], [sharding.full_state(m) for m in (model, average)]
 
 def distilled(folder, kind, stop=-1):
     "A distillation of six steps, whose gradients come in another order than that of the parameters"
@@ -115,6 +118,13 @@ def apart(folder):
     try: kept.save(1, checkpoints.collect_state(models, optimiser, {}, []))
     except OSError as e: return str(e)
 
+def apart_at_the_start(folder):
+    "As `apart`, found out before the first step; the error of each"
+    machines.check_shared.__defaults__ = (0,)
+    def no_step(step, network): raise AssertionError('a step was made')
+    try: train(Net(), no_step, steps=2, sharding='fsdp', checkpoints=Checkpoints(folder/f'disk_{dist.get_rank()}', {}))
+    except ParameterError as e: return str(e)
+
 def same(a, b):
     "Nested values are the same to the bit"
     if isinstance(a, torch.Tensor): return torch.equal(a, b) and a.dtype == b.dtype
@@ -127,13 +137,14 @@ def killed(folder, where, rank, undisturbed):
     "A run of two that is killed while it saves step 4, then continued by two: what was left, what the continuation loaded, whether it ends the same"
     assert None in together(folder, 2, run, 'fsdp', (where, rank))
     left = names(folder)
-    end = together(folder, 2, run)[0]
+    end = together(folder, 2, run)
     return dict(left=left, after=names(folder), same=same(end, undisturbed))
 
 def cases(folder):
-    found, undisturbed = {}, together(folder/'whole', 2, run)[0]
+    found, undisturbed = {}, together(folder/'whole', 2, run)
+    assert None not in undisturbed
     for where, rank in (('part', 0), ('part', 1), ('description', 0)): found[f'{where} {rank}'] = killed(folder/f'{where}_{rank}', where, rank, undisturbed)
-    found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True)[0], undisturbed)
+    found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True), undisturbed)
 
     both = together(folder/'state', 2, save, 'fsdp')
     saved = [p['state'] for p in both]
@@ -142,11 +153,11 @@ def cases(folder):
                       for kind, n in (('fsdp', 2), ('fsdp', 3), ('ddp', 2), ('ddp', 1))}
     ddp = together(folder/'other', 2, save, 'ddp')[0]['state']
     found['fsdp after ddp'] = same(together(folder/'other', 3, load, 'fsdp')[0]['state'], ddp)
-    found['apart'] = together(folder/'apart', 2, apart)
+    found['apart'], found['apart at the start'] = (together(folder/f.__name__, 2, f) for f in (apart, apart_at_the_start))
 
     part = folder/'whole/run/checkpoints/step_0000006.1of2.pt' # one bit of one part
     data = bytearray(part.read_bytes()); data[len(data)//2] ^= 1; part.write_bytes(data)
-    found['damaged'] = same(together(folder/'whole', 2, run)[0], undisturbed), (folder/'whole/said_0.txt').read_text().count('1of2.pt has another checksum')
+    found['damaged'] = same(together(folder/'whole', 2, run), undisturbed), (folder/'whole/said_0.txt').read_text().count('1of2.pt has another checksum')
 
     found['three'] = {}
     for kind in sys.argv[2:]: # of three processes, the order of a sum matters

@@ -47,6 +47,9 @@ def test_a_damaged_part_is_named_and_the_checkpoint_before_is_used(found): asser
 def test_folders_that_are_not_shared_are_refused_on_all_ranks(found):
     for said in found['apart']: assert 'which rank 1 has written, is not seen by rank 0: with sharding=fsdp all machines have to share' in said
 
+def test_folders_that_are_not_shared_are_found_out_before_the_first_step(found):
+    for said in found['apart at the start']: assert 'is another folder on' in said and 'with sharding=fsdp all machines have to share it' in said
+
 def test_three_processes_continue_to_the_bit(found): assert found['three'] == dict(ddp=True)
 
 @pytest.mark.slow

@@ -244,10 +244,10 @@ def collect_state(
     take, take_optimiser = (own_part,)*2 if spread else (full_state, full_optimiser_state)
     tensors = dict(models={k: take(m) for k, m in models.items()},
                    optimiser=take_optimiser(models['model'], optimiser))
+    state = {k: s.state_dict() for k, s in state.items()} # on every rank: they may communicate
     if spread: tensors['part'] = [rank(), world_size()]
     if spread and not is_main(): return tensors
-    return dict(tensors, rows=pack_rows(rows), random=random,
-                state={k: s.state_dict() for k, s in state.items()})
+    return dict(tensors, rows=pack_rows(rows), random=random, state=state)
 
 # %% ../../nbs/engine/08_sharding.ipynb #8c5a9f8a
 def _tensors(state):

@@ -19,6 +19,7 @@ from . import launch
 from .checkpoints import (
     Checkpoints, collect_state, on_rank_0, restore_state)
 from .files import atomic
+from .machines import check_shared
 from .parameters import (
     RESUME, ParameterError, check_choice, check_whole, number, several)
 from .progress import Progress, read_log
@@ -200,6 +201,7 @@ def _look(self:_Run, resume):
     "Lock the folder, and read the checkpoint to continue from, or None; see Checkpoints.load"
     kept = self.checkpoints
     on_rank_0(kept.lock)
+    if is_spread(self.model): check_shared(kept.folder)
     if resume == 'never': return on_rank_0(kept.remove)
     return kept.load(spread=True) if is_spread(self.model) else on_rank_0(kept.load)
 
@@ -207,14 +209,13 @@ def _look(self:_Run, resume):
 def _find(self:_Run, resume):
     "The (step, state) to continue from, or None; the state may be on rank 0 only; all call it"
     if self.checkpoints is None: return None
-    found = self._look(resume)
+    found, folder = self._look(resume), self.checkpoints.folder
     step = launch.broadcast_object(found and found[0])
     if step is None and resume == 'must':
-        raise ParameterError(
-            f'resume=must, but there is no checkpoint in {self.checkpoints.folder}')
+        raise ParameterError(f'resume=must, but there is no checkpoint in {folder}')
     if step is not None and step > self.steps:
-        raise ParameterError(f'{self.checkpoints.folder} is at step {step}, beyond the '
-                             f'{self.steps} that are asked for')
+        raise ParameterError(f'{folder} is at step {step}, beyond the {self.steps} that are '
+                             'asked for')
     return None if step is None else (step, found and found[1])
 
 # %% ../../nbs/engine/10_training.ipynb #e76befec
