@@ -240,8 +240,8 @@ def _open_folder(folder, name, options):
     "An autoencoder in a folder that is not of `save_rae`"
     if any(Path(folder).glob('diffusion_pytorch_model.*')): return open_sdvae(folder)
     row = _row(OFFICIAL_RAES, name)
-    if (Path(folder)/row['decoder']).is_file(): return load_official(name, folder, **options)
-    gone = [f for f in RAE_FILES[1:] if not (Path(folder)/f).is_file()]
+    if os.path.isfile(Path(folder)/row['decoder']): return load_official(name, folder, **options)
+    gone = [f for f in RAE_FILES[1:] if not os.path.isfile(Path(folder)/f)]
     raise ParameterError(f"autoencoder {folder!r}: the folder lacks {', '.join(gone)} (files of "
                          f"this package), and also {row['decoder']} (the official layout)")
 

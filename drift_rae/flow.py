@@ -9,7 +9,7 @@ __all__ = ['guided_velocity', 'one_step', 'sample', 'check_flow', 'FlowConfig', 
            'sample_euler', 'sample_heun']
 
 # %% ../nbs/05_flow.ipynb #05f4c883
-import copy
+import copy, os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,7 +314,7 @@ def _teacher_file(name, model, revision):
     if is_repository(name):
         file = 'teacher.safetensors'
         return hub_folder(name, (file,), revision)/file, None
-    path = Path(name)/'teacher.safetensors' if Path(name).is_dir() else Path(name)
+    path = Path(name)/'teacher.safetensors' if os.path.isdir(name) else Path(name)
     if path.is_file(): return path, None
     if name in MODELS: raise ParameterError(
         f"the teacher {name!r} does not ship with the package: give the name of a released one "

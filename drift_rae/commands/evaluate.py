@@ -6,7 +6,7 @@
 __all__ = ['picture_classes', 'labels_like', 'evaluate']
 
 # %% ../../nbs/commands/05_evaluate.ipynb #8a83b3a9
-import sys
+import os, sys
 from json import dumps
 from pathlib import Path
 from .fid import compare, doubts, report_lines
@@ -56,7 +56,7 @@ def _check(run, reference):
     for path in (run, reference) if reference else (run,): check_set(path)
     generator = find_generator(run)
     if not generator: raise ParameterError(f'{run}: there is no generator.safetensors in it')
-    if generator != 'tiny' or Path(generator).is_dir():
+    if generator != 'tiny' or os.path.isdir(generator):
         for name in ('evaluation.json', 'evaluation.png'): check_output(Path(generator)/name)
     return generator
 

@@ -96,15 +96,15 @@ def check_set(
     path:str|Path, # a set of images
 ):
     "`ParameterError` if a path cannot be a set of images; reads no image"
-    if find_generator(path) or Path(path).is_dir(): return
-    if not Path(path).is_file():
+    if find_generator(path) or os.path.isdir(path): return
+    if not os.path.isfile(path):
         raise ParameterError(f'{path}: there is no such file or folder; accepted is a folder of '
                              'pictures, an npz file, or the folder of a run (or tiny)')
     if not zipfile.is_zipfile(path): raise ParameterError(f'{path} is not a whole npz file')
 
 def _statistics_only(path):
     "Whether an npz file has moments and no images"
-    if not Path(path).is_file(): return False
+    if not os.path.isfile(path): return False
     names = zipfile.ZipFile(path).namelist()
     return 'arr_0.npy' not in names and 'mu.npy' in names
 
@@ -120,8 +120,8 @@ def open_set(
     check_set(path)
     generator = find_generator(path)
     if not generator:
-        if not Path(path).is_dir(): return NpzImages(path)
-        if (Path(path)/'plan.json').is_file(): return BlockImages(path)
+        if not os.path.isdir(path): return NpzImages(path)
+        if os.path.isfile(Path(path)/'plan.json'): return BlockImages(path)
         return PictureFolder(path, size, unreadable)
     one = make_images(generator=generator, per_class=1, seed=seed, block=50)
     return make_images(generator=generator, per_class=-(-n//one.classes) if n else 50, seed=seed)
@@ -198,9 +198,9 @@ def check_few(
 ):
     "`ParameterError` for a folder or an npz file of fewer than two images; reads no image"
     if not path or find_generator(path): return
-    if not Path(path).is_dir(): return check_images_of(path, NpzImages(path), extractor)
+    if not os.path.isdir(path): return check_images_of(path, NpzImages(path), extractor)
     n = len(list(pictures_below(path, PICTURES)))
-    if n < 2 and not (Path(path)/'plan.json').is_file():
+    if n < 2 and not os.path.isfile(Path(path)/'plan.json'):
         raise ParameterError(f'{path}: {n} images; accepted are 2 or more')
 
 # %% ../../nbs/commands/02_sets.ipynb #77f076de

@@ -59,8 +59,8 @@ def is_repository(
     if not re.fullmatch(r'(hf:)?\w[\w.-]*/\w[\w.-]*', given): return False
     if given.startswith('hf:'): return True
     owner = given.split('/')[0]
-    if Path(given).suffix in ('.pt', '.safetensors') or Path(given).exists(): return False
-    return owner.lower() not in _LOCAL and not Path(owner).exists()
+    if Path(given).suffix in ('.pt', '.safetensors') or os.path.exists(given): return False
+    return owner.lower() not in _LOCAL and not os.path.exists(owner)
 
 # %% ../../nbs/engine/05_hub.ipynb #4f70f518
 def _offline():

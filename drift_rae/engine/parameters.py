@@ -99,8 +99,7 @@ def check_device(
     try:
         found = torch.device(device)
         if found.type in ('cpu', 'meta'): return found
-        if found.type == 'cuda' and torch.cuda.is_available():
-            if (found.index or 0) < torch.cuda.device_count(): return found
+        if found.type == 'cuda' and (found.index or 0) < torch.cuda.device_count(): return found
     except (RuntimeError, TypeError): pass
     raise ParameterError(f'device={shown(device)}: accepted is cpu, or cuda where there is a GPU')
 
@@ -252,7 +251,8 @@ def as_path(
 )->Path:
     "A path; `ParameterError` for other kinds of values and for names that no file can have"
     if isinstance(path, (str, os.PathLike)) and str(path) and '\0' not in str(path):
-        return Path(path)
+        if all(len(os.fsencode(part)) < 256 for part in Path(path).parts): return Path(path)
+        raise PlaceError(f'{name}={shown(path)}: too long; accepted are names of up to 255 bytes')
     raise ParameterError(f'{name}={shown(path)}: accepted is the path of a file or folder')
 
 def check_file(

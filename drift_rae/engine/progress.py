@@ -127,7 +127,7 @@ def read_log(
     steps:int, # how many rows at most
 )->list: # one dict per row, numbers to the last digit; fewer rows if the file has fewer
     "The first rows of a table; none if the file is missing or is not a table of numbers"
-    if not Path(path).is_file(): return []
+    if not os.path.isfile(path): return []
     try:
         with open(path, newline='') as f:
             rows = list(islice(csv.DictReader(f), steps))

@@ -14,7 +14,7 @@ from ..networks.digests import COLLECTION, commit_of
 from ..networks.vit import Encoder
 from ..engine.files import fill, sha256_of
 from ..engine.hub import check_first_use
-from ..engine.parameters import ParameterError, check_choice
+from ..engine.parameters import ParameterError, as_path, check_choice
 import torch, torchvision
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -230,7 +230,7 @@ def network_file(
 )->Path: # the file, its digest checked
     "Where a frozen network is; a `ParameterError` if it is missing or another file"
     file, what, address, digest = NETWORKS[check_choice(NETWORKS, network=name)]
-    path = Path(folder or '.')/file
+    path = as_path(folder or '.', 'networks')/file
     if not path.is_file():
         more = '' if folder else ', or give the folder that has it with networks=FOLDER'
         raise ParameterError(f'no file {path}: it holds {what}; get it from {address} '

@@ -6,7 +6,7 @@
 __all__ = ['Stage1Config', 'Stage1', 'stage1_encoder', 'stage1_parts', 'run_stage1', 'start_stage1']
 
 # %% ../../nbs/imagenet/05_stage1.ipynb #6d5860e8
-import copy
+import copy, os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -222,7 +222,7 @@ def stage1_encoder(
 )->Encoder: # frozen
     "The encoder whose decoder is trained"
     if name == 'tiny': return RAE.from_pretrained('tiny').encoder
-    if not Path(name).is_dir(): return load_encoder(name)
+    if not os.path.isdir(name): return load_encoder(name)
     path = Path(name)/'encoder.safetensors'
     weights, config = load_weights(path)
     return fill(Encoder(**config), weights, path).requires_grad_(False)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..engine.parameters import ParameterError, check_choice, check_device
+from ..engine.parameters import ParameterError, as_path, check_choice, check_device
 from ..engine.files import fill, hash_weights, load_weights
 from ..engine.hub import check_first_use, check_sha256
 from ..engine.streams import stream
@@ -59,7 +59,8 @@ def weights_file(
 )->Path:
     "Where the weights of an extractor are; ParameterError if they are not there"
     file, url = WEIGHTS[name]
-    path = Path(weights) if weights else Path(torch.hub.get_dir())/'checkpoints'/file
+    hub = Path(torch.hub.get_dir())/'checkpoints'/file
+    path = as_path(weights, 'weights') if weights else hub
     if not path.is_file():
         raise ParameterError(f"no {name} weights at {path}: put the file from {url} there, "
                              f"or name another file")

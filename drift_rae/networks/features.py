@@ -6,6 +6,7 @@
 __all__ = ['assign_weights', 'on_grid', 'FeatureEncoder', 'build_encoder']
 
 # %% ../../nbs/networks/07_features.ipynb #7ba40fbe
+import os
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -40,7 +41,7 @@ def _network(name, pretrained=False):
 # %% ../../nbs/networks/07_features.ipynb #e913d5a7
 def _read(path):
     "Name -> tensor of a .safetensors file, or of a file of torch.save, without running code"
-    if not Path(path).is_file(): raise ParameterError(f'weights: there is no file {path}')
+    if not os.path.isfile(path): raise ParameterError(f'weights: there is no file {path}')
     if str(path).endswith('.safetensors'): return load_weights(path)[0]
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:

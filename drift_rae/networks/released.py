@@ -9,7 +9,7 @@ __all__ = ['HUGGING_FACE', 'OFFICIAL_RAES', 'OFFICIAL_TEACHERS', 'resize_positio
            'ENCODER_REPOSITORIES', 'SHA256', 'fetch_file']
 
 # %% ../../nbs/networks/02_released.ipynb #75fd5cb8
-import math, pickle
+import math, os, pickle
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,7 @@ def to_hugging_face(
 def _in_folder(folder, paths, shas):
     "The first of `paths` that a folder holds, its digest checked"
     for p in paths:
-        if not (Path(folder)/p).is_file(): continue
+        if not os.path.isfile(Path(folder)/p): continue
         check_sha256(Path(folder)/p, shas.get(p, ''))
         return Path(folder)/p
     others = ''.join(f", or {p}" for p in paths[1:])
@@ -143,8 +143,8 @@ def _in_folder(folder, paths, shas):
 def _in_source(source, paths, revision=None, shas={}):
     "The first of `paths` that a folder or a repository has, as a local file"
     from huggingface_hub.errors import EntryNotFoundError
-    if Path(source).is_file(): return Path(source)
-    if Path(source).is_dir(): return _in_folder(source, paths, shas)
+    if os.path.isfile(source): return Path(source)
+    if os.path.isdir(source): return _in_folder(source, paths, shas)
     first = None
     for p in paths:
         try: return fetch_released(source, p, revision)
@@ -225,7 +225,7 @@ def check_collection(
 )->list: # files whose digest is known and right
     "Compare the files that are there with their digests; a clear message for the first wrong one"
     known = digests_of(COLLECTION)
-    there = [Path(folder)/p for p in known if (Path(folder)/p).is_file()]
+    there = [Path(folder)/p for p in known if os.path.isfile(Path(folder)/p)]
     for p in there: check_sha256(p, known[p.relative_to(folder).as_posix()])
     return there
 
@@ -288,7 +288,7 @@ def check_autoencoder(
 )->str: # the name
     "`ParameterError` for a name that no autoencoder has; reads no file"
     if name in ('', 'tiny', *OFFICIAL_RAES) or is_repository(name): return name
-    if Path(name).is_dir(): return name
+    if os.path.isdir(name): return name
     raise ParameterError(f"autoencoder {shown(name)}: accepted is tiny, one of "
                          f"{', '.join(OFFICIAL_RAES)}, a repository owner/name, or a folder with "
                          'encoder, decoder and stats (.safetensors)')
@@ -301,8 +301,8 @@ def official_teacher(
 ): # (file, preset name, tokens per side), or None if name is none of these
     "A released flow model's file, fetched if need be"
     name, row = str(name), OFFICIAL_TEACHERS.get(f'ditdh-{model}')
-    here = row is not None and (Path(name)/row['file']).is_file()
-    if name in OFFICIAL_TEACHERS and not Path(name).exists():
+    here = row is not None and os.path.isfile(Path(name)/row['file'])
+    if name in OFFICIAL_TEACHERS and not os.path.exists(name):
         row, name = OFFICIAL_TEACHERS[name], COLLECTION
     elif name == COLLECTION: row = _row(OFFICIAL_TEACHERS, f'ditdh-{model}')
     elif not here: return None

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..engine.files import fill
 from ..engine.parameters import (
-    ParameterError, check_config, check_images, number, read_json, several)
+    ParameterError, as_path, check_config, check_images, number, read_json, several)
 from ..engine.hub import check_sha256, hub_folder, is_repository, read_checkpoint
 from .digests import commit_of, digests_of
 from .released import read_safetensors
@@ -132,7 +132,7 @@ def _sd_files(name_or_path, revision):
         commit = commit_of(name_or_path, revision)
         folder = hub_folder(name_or_path, ('config.json', _WEIGHTS), commit)
         check_sha256(folder/_WEIGHTS, digests_of(name_or_path, revision).get(_WEIGHTS, ''))
-    else: folder = Path(name_or_path)
+    else: folder = as_path(name_or_path, 'autoencoder')
     config, weights = folder/'config.json', folder/_WEIGHTS
     if not weights.is_file() and weights.with_suffix('.bin').is_file():
         weights = weights.with_suffix('.bin')

@@ -8,7 +8,7 @@ __all__ = ['patch_of', 'own_encoder', 'train_small_encoder', 'kind_of', 'open_ti
            'reconstruction_sheet', 'held_out', 'with_statistics']
 
 # %% ../../nbs/own/03_encoders.ipynb #acc7b65c
-import copy
+import copy, os
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -88,7 +88,7 @@ def kind_of(
     "Which kind of encoder a name means; ParameterError for another name"
     if name == 'own': return 'own'
     if name.startswith('timm:') and name != 'timm:': return 'timm'
-    if name in OFFICIAL_RAES or name == 'tiny' or Path(name).is_dir(): return 'rae'
+    if name in OFFICIAL_RAES or name == 'tiny' or os.path.isdir(name): return 'rae'
     raise ParameterError(f'encoder={name!r}: accepted is own, timm:NAME, the folder of an RAE, or '
                          f"one of {', '.join(OFFICIAL_RAES)}")
 

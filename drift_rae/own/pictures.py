@@ -7,7 +7,7 @@ __all__ = ['ENDINGS', 'DATASETS', 'EMOJI', 'to_rgb', 'Pictures', 'read_pictures'
            'emoji_folder']
 
 # %% ../../nbs/own/02_pictures.ipynb #57b41b66
-import json, re, shutil
+import json, os, re, shutil
 from pathlib import Path
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def _flowers102(root, download): # the split called train has 10 pictures a clas
     return ConcatDataset([datasets.Flowers102(root, s, download=download) for s in splits])
 
 def _imagenette(root, download):
-    there = (Path(root)/'imagenette2-160').is_dir() # torchvision refuses to download twice
+    there = os.path.isdir(Path(root)/'imagenette2-160') # torchvision refuses to download twice
     return datasets.Imagenette(root, 'train', '160px', download=download and not there)
 
 DATASETS = dict(cifar10=_cifar10, flowers102=_flowers102, imagenette=_imagenette)

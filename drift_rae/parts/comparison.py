@@ -7,7 +7,7 @@ __all__ = ['GENERATORS', 'generate_with_each', 'held_out', 'compare_digits', 'co
            'measured_before']
 
 # %% ../../nbs/parts/05f_comparison.ipynb #add0cc96
-import json
+import json, os
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def mark_done(
 ):
     "Add the evaluation's files and figures to the mark of the finished run"
     about = json.loads((Path(out)/'done.json').read_text())
-    more = [n for n in ('results.json', 'samples.png') if (Path(out)/n).is_file()]
+    more = [n for n in ('results.json', 'samples.png') if os.path.isfile(Path(out)/n)]
     names = [*about['files'], *more]
     RunFolder(out, about['identity']).finish(sorted(set(names)), results)
 
@@ -134,4 +134,4 @@ def measured_before(
     if not results or results['config'].get('samples_per_class') != samples: return None
     was = results['config'].get('guidance') # a JSON list where there was a tuple
     if guidance and was and was != json.loads(json.dumps(guidance)): return None
-    return results if (Path(out)/'samples.png').is_file() else None
+    return results if os.path.isfile(Path(out)/'samples.png') else None

@@ -45,7 +45,7 @@ def _check_paths(given):
     for name in ('teacher', 'autoencoder'):
         path = str(given.get(name) or '')
         local = '/' in path or path.endswith(('.pt', '.safetensors'))
-        if local and not is_repository(path) and not Path(path).exists():
+        if local and not is_repository(path) and not os.path.exists(path):
             raise ParameterError(f'{name}={path!r}: there is no such file or folder')
 
 # %% ../../nbs/parts/05g_ingredients.ipynb #8baf0b2d

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..engine.files import atomic, write_json
 from ..engine.launch import spread
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_output
 from ..engine.progress import Progress
 from ..geometry import check_class, class_nearest, class_smmd, effective_dimensions
 from .latents import open_latents
@@ -86,7 +86,7 @@ def measure_store(
     if processes > 1 and not isinstance(store, (str, Path)):
         raise ParameterError('several processes need the folder of a latent store, '
                              'because each opens it for itself')
-    opened, folder = _open(store), Path(folder)
+    opened, folder = _open(store), check_output(folder, folder=True)
     _check_plan(opened, folder)
     classes = [c for c, n in enumerate(opened.counts) if n]
     todo = [c for c in classes if not _class_file(folder, c).is_file()]
