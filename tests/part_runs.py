@@ -68,14 +68,16 @@ def step_fn(step, network):
     return dict(loss=all_mean(dict(loss=loss))['loss'].item())
 
 def run(folder, kind='fsdp', kill=None, stop=-1, thread=False):
-    "A training of six steps with a checkpoint after every second one; losses on each rank, weights and their average on rank 0"
+    """A training of six steps with a checkpoint after every second one: losses, the last number of this process's own stream, weights and their average on rank 0
+
+    (The rows of a continued run are those of rank 0, so a number that differs between processes is compared only for a step after that.)"""
     if kill: kill_at(*kill)
     if thread: checkpoints.AT_ONCE = 0
     model, average, drawn = Net(), Net().requires_grad_(False), Randomness(3, 'x') # whose state is gathered from all processes
     def with_noise(step, network): return dict(step_fn(step, network), drawn=torch.rand((), generator=drawn.generator).item())
     rows = train(model, with_noise, state=dict(drawn=drawn), steps=6, average=average, sharding=kind, log=folder/'run/log.csv', checkpoints=Checkpoints(folder/'run/checkpoints', {}, every=2),
         callback=lambda step, row: 'enough' if step == stop else None)
-    return [[r['loss'], r['gradient_norm'], r['drawn']] for r in rows], [sharding.full_state(m) for m in (model, average)]
+    return [[r['loss'], r['gradient_norm']] for r in rows], rows[-1]['drawn'], [sharding.full_state(m) for m in (model, average)]
 
 def distilled(folder, kind, stop=-1):
     "A distillation of six steps, whose gradients come in another order than that of the parameters"
