@@ -1,4 +1,4 @@
-"""What `test_parts.py` checks: `python -m part_runs FOLDER [ddp] [fsdp]` forks processes that save and load checkpoints in parts, and kills some; it prints JSON.
+"""What `test_parts.py` checks: `python -m part_runs FOLDER [every] [ddp] [fsdp]` forks processes that save and load checkpoints in parts, and kills some; it prints JSON.
 
 One program for all cases, because importing torch costs more than all the runs."""
 import json, os, signal, sys, time
@@ -68,14 +68,16 @@ def step_fn(step, network):
     return dict(loss=all_mean(dict(loss=loss))['loss'].item())
 
 def run(folder, kind='fsdp', kill=None, stop=-1, thread=False):
-    "A training of six steps with a checkpoint after every second one; losses on each rank, weights and their average on rank 0"
+    """A training of six steps with a checkpoint after every second one: losses, the last number of this process's own stream, weights and their average on rank 0
+
+    (The rows of a continued run are those of rank 0, so a number that differs between processes is compared only for a step after that.)"""
     if kill: kill_at(*kill)
     if thread: checkpoints.AT_ONCE = 0
     model, average, drawn = Net(), Net().requires_grad_(False), Randomness(3, 'x') # whose state is gathered from all processes
     def with_noise(step, network): return dict(step_fn(step, network), drawn=torch.rand((), generator=drawn.generator).item())
     rows = train(model, with_noise, state=dict(drawn=drawn), steps=6, average=average, sharding=kind, log=folder/'run/log.csv', checkpoints=Checkpoints(folder/'run/checkpoints', {}, every=2),
         callback=lambda step, row: 'enough' if step == stop else None)
-    return [[r['loss'], r['gradient_norm'], r['drawn']] for r in rows], [sharding.full_state(m) for m in (model, average)]
+    return [[r['loss'], r['gradient_norm']] for r in rows], rows[-1]['drawn'], [sharding.full_state(m) for m in (model, average)]
 
 def distilled(folder, kind, stop=-1):
     "A distillation of six steps, whose gradients come in another order than that of the parameters"
@@ -140,30 +142,33 @@ def killed(folder, where, rank, undisturbed):
     end = together(folder, 2, run)
     return dict(left=left, after=names(folder), same=same(end, undisturbed))
 
-def cases(folder):
+def cases(folder, every, kinds):
+    "All cases with `every`, else those of CI"
     found, undisturbed = {}, together(folder/'whole', 2, run)
     assert None not in undisturbed
-    for where, rank in (('part', 0), ('part', 1), ('description', 0)): found[f'{where} {rank}'] = killed(folder/f'{where}_{rank}', where, rank, undisturbed)
-    found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True), undisturbed)
+    for where, rank in (('part', 1), ('description', 0), *[('part', 0)]*every): found[f'{where} {rank}'] = killed(folder/f'{where}_{rank}', where, rank, undisturbed)
+    if every: found['thread'] = same(together(folder/'thread', 2, run, 'fsdp', None, -1, True), undisturbed)
 
     both = together(folder/'state', 2, save, 'fsdp')
     saved = [p['state'] for p in both]
     found['bytes'] = [p['bytes'] for p in both], sum(t.nbytes for t in checkpoints._tensors(saved[0]))
     found['loads'] = {f'{kind} {n}': (lambda p: [same(p['state'], saved[0]), p['rows']])(together(folder/'state', n, load, kind)[0])
-                      for kind, n in (('fsdp', 2), ('fsdp', 3), ('ddp', 2), ('ddp', 1))}
-    ddp = together(folder/'other', 2, save, 'ddp')[0]['state']
-    found['fsdp after ddp'] = same(together(folder/'other', 3, load, 'fsdp')[0]['state'], ddp)
-    found['apart'], found['apart at the start'] = (together(folder/f.__name__, 2, f) for f in (apart, apart_at_the_start))
+                      for kind, n in (('fsdp', 2), ('fsdp', 3), ('ddp', 1), *[('ddp', 2)]*every)}
+    if every:
+        ddp = together(folder/'other', 2, save, 'ddp')[0]['state']
+        found['fsdp after ddp'] = same(together(folder/'other', 3, load, 'fsdp')[0]['state'], ddp)
+        found['apart'] = together(folder/'apart', 2, apart)
+    found['apart at the start'] = together(folder/'apart_at_the_start', 2, apart_at_the_start)
 
     part = folder/'whole/run/checkpoints/step_0000006.1of2.pt' # one bit of one part
     data = bytearray(part.read_bytes()); data[len(data)//2] ^= 1; part.write_bytes(data)
     found['damaged'] = same(together(folder/'whole', 2, run), undisturbed), (folder/'whole/said_0.txt').read_text().count('1of2.pt has another checksum')
 
     found['three'] = {}
-    for kind in sys.argv[2:]: # of three processes, the order of a sum matters
+    for kind in kinds: # of three processes, the order of a sum matters
         undisturbed = together(folder/f'three_{kind}', 3, distilled, kind)[0]
         stopped = together(folder/f'stopped_{kind}', 3, distilled, kind, 2)[0]
         found['three'][kind] = stopped is None is not undisturbed and same(together(folder/f'stopped_{kind}', 3, distilled, kind)[0], undisturbed)
     return found
 
-if __name__ == '__main__': print(json.dumps(cases(Path(sys.argv[1]))))
+if __name__ == '__main__': print(json.dumps(cases(Path(sys.argv[1]), 'every' in sys.argv[2:], [k for k in sys.argv[2:] if k != 'every'])))
