@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from .parameters import ParameterError, check_whole
-from .machines import hang_up_when_lost, silence_launcher, watch_machines
+from .machines import (
+    hang_up_when_lost, one_signal, silence_launcher, watch_machines)
 from .progress import (
     _signals, catch_signals, follow_parent, outlive_parent, spread)
 _all_ = ['spread', 'catch_signals']
@@ -284,7 +285,7 @@ def _spawn(work, nproc, nnodes, rdzv):
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import ChildFailedError, SignalException, elastic_launch
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          _keep_handlers(), silence_launcher(), _end_children(), outlive_parent(),
+          _keep_handlers(), silence_launcher(), one_signal(), _end_children(), outlive_parent(),
           hang_up_when_lost(folder, rdzv)):
         try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
         except (ChildFailedError, RendezvousError) as e:
