@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_3', 'TABLE_3_SHORT', 'TABLE_5', 'TABLE_5_SHORT', 'TABLE_5_LONG', 'TABLE_5_ORIGINAL', 'TABLE_6', 'TABLE_7',
-           'SWITCHES', 'SAMPLES', 'STEPS', 'CLASSES', 'RATE', 'TEACHERS', 'ROWS', 'CLAIMS', 'rows_of', 'stored',
-           'missing', 'rebuild_results', 'main', 'step_memory']
+           'SWITCHES', 'SAMPLES', 'STEPS', 'CLASSES', 'RATE', 'TEACHERS', 'ROWS', 'rows_of', 'stored', 'missing',
+           'rebuild_results', 'main', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #321b6da5
 import argparse, json, os, time
@@ -15,7 +15,6 @@ from torch import nn
 from .engine.parameters import ParameterError
 from .engine.progress import Progress, limit_threads
 from .engine.files import write_json
-from .metrics.verdicts import Claim
 from .parts.step import DistillConfig, drift_step, make_student, step_labels
 from .parts.bench import (
     Bench, CHECK, Row, recipe_hash, result_file, result_path, run_row, short_digest)
@@ -128,16 +127,6 @@ def rows_of(
 )->dict: # name -> Row, in order
     "The rows of a table"
     return {r.name: r for r in ROWS if r.table == table}
-
-# %% ../nbs/08_ablations.ipynb #7c1a1136
-_TABLE_7_WORSE = ('64, 64+64', '64, 64+192', '128, 64+0', '256, 64+0') # unbalanced
-CLAIMS = { # table -> what the paper says of its rows
-    '3': [Claim('B', 'better', 'A'), Claim('C', 'better', 'B')],
-    '5': [Claim('y-softmax removed', 'worse', 'neither'), Claim('perturbed', 'worse', 'neither'),
-        Claim('both', 'better', 'neither'), Claim('both', 'better', 'y-softmax removed')],
-    '6': [Claim(n, 'equal', '64+192') for n in ('128+128', '192+64', '256+0')],
-    '7': [*(Claim(n, 'worse', '64, 64+0') for n in _TABLE_7_WORSE),
-        Claim('128, 64+64', 'better', '64, 64+0'), Claim('256, 64+192', 'better', '128, 64+64')]}
 
 # %% ../nbs/08_ablations.ipynb #fd1f7ef2
 def _read(path):

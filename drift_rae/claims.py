@@ -8,11 +8,10 @@ __all__ = ['GRID', 'CHOICE', 'CLAIMS', 'teacher_at_best', 'teacher_findings', 'a
 
 # %% ../nbs/11_claims.ipynb #d1183057
 import numpy as np
-from .ablations import CLAIMS as ABLATION_CLAIMS, rows_of, stored
+from .ablations import rows_of, stored
 from .engine.figures import markdown_table
 from .flow import sample
-from .from_scratch import (
-    CLAIMS as SCRATCH_CLAIMS, ROWS as SCRATCH_ROWS, scratch_recipe)
+from .from_scratch import ROWS as SCRATCH_ROWS, scratch_recipe
 from .metrics.verdicts import Claim, decide, format_percent, paired_ratios
 from .parts.bench import Bench, EVALUATION, cached, figures_of, log_ratios
 from .worlds.findings import (
@@ -135,7 +134,15 @@ def _rows_table(use, where, table, claims, reads=None):
     return _table(where, claims, values, ratios, link, reads)
 
 # %% ../nbs/11_claims.ipynb #b8788bb0
-CLAIMS = {**ABLATION_CLAIMS, '9': SCRATCH_CLAIMS} # table -> claims
+CLAIMS = {
+    '3': [Claim('B', 'better', 'A'), Claim('C', 'better', 'B')],
+    '5': [Claim('y-softmax removed', 'worse', 'neither'), Claim('perturbed', 'worse', 'neither'),
+        Claim('both', 'better', 'neither'), Claim('both', 'better', 'y-softmax removed')],
+    '6': [Claim(n, 'equal', '64+192') for n in ('128+128', '192+64', '256+0')],
+    '7': [Claim(n, 'worse', '64, 64+0')
+        for n in ('64, 64+64', '64, 64+192', '128, 64+0', '256, 64+0')]
+        + [Claim('128, 64+64', 'better', '64, 64+0'), Claim('256, 64+192', 'better', '128, 64+64')],
+    '9': [Claim('RAE', 'better', 'VAE'), Claim('RAE, decode-encode', 'better', 'RAE')]}
 
 # %% ../nbs/11_claims.ipynb #e5d61186
 _STOPPING = {
@@ -199,7 +206,7 @@ def claims_table(
 ): # a Markdown table
     "The table of claims, each with a link to its place"
     def bars(text): return text.replace('|', '∣') # a cell has no vertical bar of its own
-    rows = [[f'[{f.where}]({f.link})', bars(f.claim), f'**{f.word}**', bars(f.paper), bars(f.here),
+    rows = [[f'[{f.where}]({f.link})', bars(f.claim), bars(f.paper), bars(f.here), f'**{f.word}**',
         bars(f.reads)] for f in found]
-    header = ['where', 'claim', 'verdict', 'paper', 'here [95 %]', 'reads']
+    header = ['where', 'claim', 'paper', 'here [95 %]', 'verdict', 'reads']
     return markdown_table(header, rows, caption)

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .engine.parameters import ParameterError, check_choice, check_positive, number
-from .metrics.distances import distances, full_precision, squared_norm
+from .engine.parameters import number
+from .engine.distances import distances, full_precision, squared_norm
 from drift_rae.parts.weights import (
     NoiseRows, Samples, check_samples, field_weights, laplace_noise, noise_generators,
     weighted_difference)
+
 _all_ = ['distances', 'laplace_noise']
 
 # %% ../nbs/04_drifting.ipynb #8c456b94
@@ -33,9 +34,6 @@ def plain_field(
     normalisation:str='none', # 'unit': |V| = 1; 'rms': root mean square 1
 )->Tensor: # V_j [B, N, D]
     "Equation (11) and its variants, to be read; `drift_field` computes the same fast"
-    DriftConfig((tau,), y_softmax, floor, softmax, scale, self_term=self_term,
-                normalisation=normalisation) # refuses unknown words
-    check_samples(gen, pos, gen if neg is None else neg)
     x = gen if neg is None else torch.cat([gen, neg], 1) # x_k [B, K, D]
     if scale == 'mean': tau = tau*distances(gen, torch.cat([x, pos], 1), same=True).mean()
     if noise is not None: x = x + tau*noise # (12)
@@ -58,6 +56,7 @@ _CHOICES = dict(
     perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
     perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
     reduction=('paper', 'original'), guards=('none', 'original'))
+
 def _check_raw(c):
     "A clear message for switches in units of a mean distance that scale='raw' does not take"
     without = "with scale='raw': no mean distance is taken"
@@ -73,7 +72,9 @@ def _check_config(c):
     if not t or len(set(t)) < len(t) or not all(math.isfinite(x) and x > 0 for x in t):
         raise ValueError(f'temperatures={t}: accepted are one or more different positive numbers')
     for name, choices in _CHOICES.items():
-        check_choice(choices, **{name: getattr(c, name)})
+        value = getattr(c, name)
+        if type(value) != type(choices[0]) or value not in choices:
+            raise ValueError(f"{name}={value!r}: accepted is one of {', '.join(map(str, choices))}")
     if wrong := number(float, 0, 1)(c.floor):
         raise ValueError(f'floor={c.floor!r}: accepted is {wrong}')
     if c.scale == 'raw': _check_raw(c)
@@ -98,7 +99,7 @@ class DriftConfig:
 
     def __post_init__(self):
         t = self.temperatures
-        t = [check_positive(temperatures=x) for x in (t if isinstance(t, (tuple, list)) else [t])]
+        if not isinstance(t, (tuple, list)): t = [t]
         object.__setattr__(self, 'temperatures', tuple(map(float, t)))
         _check_config(self)
 
@@ -116,7 +117,8 @@ def preset(cls:DriftConfig,
     name:str, # 'deng2026' (the original, exactly), or 'a', 'b', 'c' of Table 3
 )->DriftConfig:
     "A published configuration by name"
-    check_choice(_PRESETS, preset=name)
+    if name not in _PRESETS:
+        raise ValueError(f"preset {name!r}: accepted is one of {', '.join(_PRESETS)}")
     return cls(**_PRESETS[name])
 
 # %% ../nbs/04_drifting.ipynb #377e978f
@@ -130,7 +132,7 @@ def from_dict(cls:DriftConfig,
     d:dict, # of to_dict; names that are no switches are refused
 )->DriftConfig:
     "The inverse of `to_dict`"
-    names, d = [f.name for f in fields(cls)], dict(d) if isinstance(d, dict) else {str(d): None}
+    names = [f.name for f in fields(cls)]
     unknown = sorted(set(d) - set(names))
     if unknown:
         raise ValueError(f"unknown switch {', '.join(unknown)}: DriftConfig has {', '.join(names)}")
@@ -276,7 +278,6 @@ def _rms(c, coordinate, mean_square):
 # %% ../nbs/04_drifting.ipynb #cb4d16d4
 def _drift(gen, pos, neg, weights, c, generator, chunk, group, classes):
     "Sum of normalised fields [B, N, D], minus d loss / d gen over that sum [B], info"
-    if not isinstance(c, DriftConfig): raise ParameterError(f'config={c!r}: not a DriftConfig')
     neg = gen[:, :0] if neg is None else neg
     check_samples(gen, pos, neg, weights, classes, chunk)
     moving, rms = c.perturbation != 'off', c.normalisation == 'rms'
@@ -320,8 +321,7 @@ def drift_field(
     **switches, # switches of DriftConfig to change
 )->Tensor: # V [B, N, D], float32 or float64, without gradient
     "The drifting field (11); by default tau is raw and the field is not normalised"
-    switches = dict(config.to_dict(), temperatures=[tau], reduction='paper') | switches
-    config = DriftConfig.from_dict(switches)
+    config = replace(config, **(dict(temperatures=(tau,), reduction='paper') | switches))
     return _drift(gen, pos, neg, (weight_gen, weight_pos, weight_neg), config, generator,
                   chunk, group, classes)[0]
 

@@ -12,24 +12,21 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
-from .engine.parameters import ParameterError, check_whole, shown
-from .engine.streams import check_labels
 
 # %% ../nbs/03_geometry.ipynb #5c9f557f
-def _numbers(x, name):
-    "Numbers of any origin as a tensor"
-    try: return torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ParameterError(f'{name}={shown(x)}: accepted are numbers') from e
-
 def _samples(x, labels, ndim):
     "Latents and labels as tensors; a clear message if their shapes do not fit"
-    x = _numbers(x, 'latents')
-    labels = check_labels(labels, n=len(x) if x.ndim else 0).to(x.device)
+    x = torch.as_tensor(x)
+    labels = torch.as_tensor(labels, device=x.device)
     expected = '[N, T, D]' if ndim == 3 else '[N, D]'
     if x.ndim != ndim or 0 in x.shape:
         raise ValueError(f'latents of shape {list(x.shape)}: expected {expected}, '
                          'no side of length 0')
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f'labels of shape {list(labels.shape)}: '
+                         f'{len(x)} latents need one label each')
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f'labels of type {labels.dtype}: expected whole numbers')
     return x, labels
 
 # %% ../nbs/03_geometry.ipynb #75c3fa7f
@@ -260,7 +257,7 @@ def _derivatives(x, window):
 # %% ../nbs/03_geometry.ipynb #cb97aaee
 def _trajectories(trajectories, window):
     "Trajectories as a tensor; a clear message for shapes, windows or points that make no sense"
-    x, window = _numbers(trajectories, 'trajectories'), check_whole(5, window=window)
+    x = torch.as_tensor(trajectories)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f'trajectories of shape {list(x.shape)}: '
                          'expected [n_traj, n_points, D], no side of length 0')

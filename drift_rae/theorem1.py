@@ -11,8 +11,7 @@ from statistics import fmean, stdev
 from typing import Callable
 import torch
 from torch import Tensor
-from .engine.parameters import check_positive, check_real, check_whole
-from .metrics.distances import distances
+from .engine.distances import distances
 from .engine.streams import stream
 
 # %% ../nbs/00_theorem1.ipynb #8b1b4c12
@@ -78,9 +77,6 @@ class Result(dict):
 # %% ../nbs/00_theorem1.ipynb #160b574b
 def _check_sweep(d, r, taus, n_query, n, n_draws):
     "A clear message for sizes and temperatures that make no sense"
-    check_whole(0, d=d, n=n, n_draws=n_draws, n_query=n_query)
-    check_real(r=r)
-    for t in taus: check_real(tau=t)
     if d < 1 or n < 2 or n_draws < 1:
         raise ValueError(f'd={d}, n={n}, n_draws={n_draws}: '
                          'accepted are d >= 1, n >= 2 (n = 0 means d), n_draws >= 1')
@@ -141,7 +137,8 @@ def limit_v_neg(
     tau:float, # temperature, fixed while d grows
 )->float: # inf where float64 ends (r/tau > 83)
     "The limit (B) of |V-| as d -> inf, r sqrt(exp(rho^2/5)/3 + rho^2/18), rho = r/tau; not (24)"
-    r, tau = check_positive(r=r, tau=tau)
+    if not (0 < r < math.inf and 0 < tau < math.inf):
+        raise ValueError(f'r={r}, tau={tau}: accepted are finite numbers above 0')
     rho_sq = (r/tau)**2
     if rho_sq > 7000: return math.inf
     return r*math.exp(rho_sq/10)*math.sqrt(1/3 + rho_sq/18*math.exp(-rho_sq/5))

@@ -37,7 +37,7 @@ class Autoencoder(torch.nn.Module):
 
 def result(model, rows):
     "Losses, figures and averaged weights as plain numbers"
-    return [[r[k] for k in r if k not in ('seconds', 'memory_gib', 'images_per_second', 'seconds_waiting')] for r in rows], torch.cat([p.flatten() for p in sharding.full_state(model).values()]) if launch.is_main() else sharding.full_state(model)
+    return [[r[k] for k in r if k not in ('seconds', 'memory_gib', 'images_per_second')] for r in rows], torch.cat([p.flatten() for p in sharding.full_state(model).values()]) if launch.is_main() else sharding.full_state(model)
 
 def several(cases):
     "One result for each (preset, changes)"

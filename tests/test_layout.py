@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NBS, PACKAGE = ROOT/'nbs', ROOT/'drift_rae'
-FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'sharing', 'imagenet', 'own', 'commands') # worlds, parts and sharing are one row
+FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'imagenet') # worlds and parts are one row
 MOST_NOTEBOOKS, MOST_LINES, WIDTH = 12, 350, 100
 
 notebooks = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -28,14 +28,13 @@ def module_of(path):
 
 def place(path):
     """Where a notebook stands in the order of dependence: engine, networks, metrics; then chapters and
-    parts, mixed by the number and letter that their names begin with; then imagenet, own, commands."""
+    parts, mixed by the number and letter that their names begin with; then imagenet."""
     folder = path.parent.name if path.parent != NBS else ''
     number = re.match(r'(\d\d)([a-z]?)_', path.name)
     number = (int(number[1]), number[2]) if number else (-1, path.stem)
-    early, late = FOLDERS[:3], FOLDERS[6:]
+    early = FOLDERS[:3]
     if folder in early: return (0, early.index(folder), *number)
-    if folder in late: return (2, late.index(folder), *number)
-    return (1, 0, *number)
+    return (2 if folder == 'imagenet' else 1, 0, *number)
 
 
 PLACES = {module_of(p): place(p) for p in notebooks if module_of(p)}
@@ -112,7 +111,7 @@ def test_every_notebook_has_a_place():
         assert len(where.parts) == 1 or where.parts[0] in FOLDERS, where
         assert p.stem in ('index', 'start') or re.match(r'\d\d[a-z]?_\w+$', p.stem), where
         module = module_of(p) # the top of the package has a notebook in engine
-        if len(where.parts) > 1: assert module in ('', '__init__', '__main__') or module.startswith(where.parts[0] + '.'), where
+        if len(where.parts) > 1: assert module in ('', '__init__') or module.startswith(where.parts[0] + '.'), where
 
 
 def sidebar():
@@ -172,17 +171,3 @@ def test_comments_of_parameters_have_no_backticks(path):
     "nbdev would turn them into links that stand raw in the signature"
     found = [l for l in path.read_text().splitlines() if re.match(r'\s+\w+(:[^#]*)?(=[^#]*)?, *#.*`', l)]
     assert not found, found[:3]
-
-
-def test_the_list_of_moved_modules_is_right():
-    "Every new place in CHANGELOG.md exists, and holds the names that are said to stand there"
-    rows = [l for l in (ROOT/'CHANGELOG.md').read_text().splitlines() if l.startswith(('| `drift_rae.', '| `nbs/'))]
-    assert len(rows) > 50
-    for row in rows:
-        before, now = (re.findall('`([^`]+)`', half) for half in row.strip('| ').split(' | '))
-        for place in now:
-            if place.startswith('nbs/'): assert (ROOT/place).is_file(), row
-            else:
-                path = PACKAGE/(place.removeprefix('drift_rae.').replace('.', '/') + '.py')
-                assert path.is_file(), row
-                for name in before[1:]: assert re.search(rf'\b{name}\b', path.read_text()), (name, place)

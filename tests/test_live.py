@@ -25,7 +25,7 @@ from drift_rae.autoencoder import RAE
 from drift_rae.flow import load_teacher, one_step, sample
 from drift_rae.metrics.images import to_uint8
 from drift_rae.parts.generator import OneStepGenerator
-from drift_rae.sharing.live import TEACHER_POINTS, between, browser_noise
+from drift_rae.parts.live import TEACHER_POINTS, between, browser_noise
 
 ROOT = Path(__file__).parents[1]
 PIXELS = """const c = document.querySelectorAll(arguments[0])[arguments[1]];
@@ -203,8 +203,8 @@ def test_it_fits_and_has_names(page, address, width, tmp_path):
 
 
 def test_the_notebooks_own_markup_finds_the_files(folder, address, browser):
-    "sharing/05e_live.ipynb becomes parts/live.html; the folder live stands beside parts"
-    cells = json.loads((ROOT/'nbs/sharing/05e_live.ipynb').read_text())['cells']
+    "parts/05e_live.ipynb becomes parts/live.html; the folder live stands beside parts"
+    cells = json.loads((ROOT/'nbs/parts/05e_live.ipynb').read_text())['cells']
     block, = re.findall(r'```{=html}\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells), re.S)
     (folder.parent/'parts').mkdir()
     (folder.parent/'parts/live.html').write_text(f'<!DOCTYPE html><html lang="en"><title>T</title>{block}</html>')
@@ -217,7 +217,7 @@ def test_the_notebooks_own_markup_finds_the_files(folder, address, browser):
 
 def test_the_page_says_what_it_loads(folder):
     "The sizes in the notebook's text are those of the files"
-    text = (ROOT/'nbs/sharing/05e_live.ipynb').read_text()
+    text = (ROOT/'nbs/parts/05e_live.ipynb').read_text()
     size = {f.name: f.stat().st_size/1e6 for f in folder.iterdir()}
     runtime = sum(s for name, s in size.items() if name.startswith('ort'))
     teacher = size['teacher.onnx'] + size['decoder.onnx']

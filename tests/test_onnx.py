@@ -8,7 +8,7 @@ from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.streams import stream
 from drift_rae.flow import DiTDH, load_teacher, one_step, preset
 from drift_rae.networks import sdvae
-from drift_rae.sharing import onnx as exporter
+from drift_rae.parts import onnx as exporter
 from drift_rae.parts.generator import OneStepGenerator
 
 
@@ -110,7 +110,7 @@ def test_a_missing_package_is_named(generator, tmp_path, monkeypatch, package):
 def test_the_package_is_imported_without_onnx():
     import subprocess
     code = ("import sys; sys.modules.update(dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')))\n"
-            "import drift_rae.sharing.onnx, drift_rae.sharing.live")
+            "import drift_rae.parts.onnx, drift_rae.parts.live")
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 

@@ -29,8 +29,7 @@ def smoke(tmp_path_factory):
 
 def test_a_few_steps_write_everything(smoke):
     made = smoke/'runs/tiny'
-    wanted = {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json', 'done.json', 'checkpoints'}
-    assert wanted == {p.name for p in made.glob('[!.]*') if p.name != 'tensorboard'}
+    assert {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json'} == {p.name for p in made.iterdir() if p.name != 'tensorboard'}
     results = json.loads((made/'results.json').read_text())
     assert set(results) == KEYS
     assert set(results['fd']) == {'teacher_50', 'teacher_1', 'student', 'real'}
@@ -82,7 +81,7 @@ def test_another_seed_gives_other_weights(smoke, tmp_path):
     assert (smoke/'runs/tiny/generator.safetensors').read_bytes() != (tmp_path/'runs/tiny/generator.safetensors').read_bytes()
 
 @pytest.mark.parametrize('wrong, sentence', [
-    (dict(model='huge'), "model='huge': accepted is one of tiny, nano, s, b, l, xl"),
+    (dict(model='huge'), "model='huge': accepted is one of tiny, s, b, l, xl"),
     (dict(modle='xl'), 'unknown parameter modle'),
     (dict(model='xl'), 'model=xl: give -p latents PATH'),
     (dict(n_pos=100_000), 'n_pos=100000: the smallest class has'),
@@ -136,6 +135,6 @@ def test_an_image_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize('labels', [[10], [-1], [0, 99]])
 def test_unknown_labels(labels):
-    with pytest.raises(ValueError, match='the classes 0 to 9'): OneStepGenerator.from_pretrained('tiny').sample(labels)
+    with pytest.raises(ValueError, match='knows the classes 0 to 9'): OneStepGenerator.from_pretrained('tiny').sample(labels)
 
 def test_no_labels_no_images(): assert OneStepGenerator.from_pretrained('tiny').sample([]).shape == (0, 3, 16, 16)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARDING', 'wrap', 'unwrap', 'accumulate', 'clip_grad_norm', 'full_state', 'load_full_state', 'full_optimiser_state',
-           'load_full_optimiser_state', 'fast_products', 'Clock', 'worth_a_line']
+           'load_full_optimiser_state', 'Clock']
 
 # %% ../../nbs/engine/08_sharding.ipynb #ed390784
 import time, warnings
@@ -131,19 +131,6 @@ def load_full_optimiser_state(
     options = _options(broadcast_from_rank0=world_size() > 1)
     set_optimizer_state_dict(model, optimiser, state if is_main() else {}, options=options)
 
-# %% ../../nbs/engine/08_sharding.ipynb #22e94369
-@contextmanager
-def fast_products(
-    wanted:bool=None, # None: if there is a GPU
-):
-    "TF32 for products in float32 within a block; the setting is as before afterwards"
-    before = torch.get_float32_matmul_precision()
-    on = torch.cuda.is_available() if wanted is None else wanted
-    if on: torch.set_float32_matmul_precision('high')
-    try: yield
-    finally:
-        if on: torch.set_float32_matmul_precision(before)
-
 # %% ../../nbs/engine/08_sharding.ipynb #8dfd9abe
 class Clock:
     "Seconds spent in named parts: `with clock('field'): ...`, then `clock.seconds`"
@@ -169,13 +156,3 @@ class Clock:
             spent = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.) + spent - self._inner.pop()
             if self._inner: self._inner[-1] += spent
-
-# %% ../../nbs/engine/08_sharding.ipynb #4ebd3aa2
-def worth_a_line(
-    step:int, # from 0
-    total:int, # steps of the run
-)->bool: # for at most 100 steps, of runs of up to 8 million
-    "Whether to report a step"
-    if total <= 100 or step in (0, total-1): return True
-    early = (step + 1) & step == 0 # a power of two
-    return early or (step + 1)*75//total > step*75//total

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..networks.vit import Encoder
 from ..engine.files import fill
-from ..engine.parameters import ParameterError, check_choice
+from ..engine.parameters import ParameterError
 import torch, torchvision
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ def frozen_network(
     folder:str|Path, # where its file should be
 )->dict: # name -> tensor
     "Read one of the frozen networks; a `ParameterError` if it is missing or another file"
-    file, what, address, checksum = NETWORKS[check_choice(NETWORKS, network=name)]
+    file, what, address, checksum = NETWORKS[name]
     path = Path(folder or '.')/file
     if not path.is_file():
         more = '' if folder else ', or give the folder that has it with networks=FOLDER'

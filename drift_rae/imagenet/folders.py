@@ -6,7 +6,7 @@
 __all__ = ['center_crop', 'UnreadableImage', 'ClassFolder', 'digits_folder', 'unreadable_images', 'encode_folder']
 
 # %% ../../nbs/imagenet/02_folders.ipynb #960a4a58
-import hashlib, inspect, math, os, time
+import hashlib, inspect, math, time
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -16,16 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
-from ..engine.parameters import (
-    RESUME, ParameterError, as_rgb, check_device, check_output, check_whole)
+from ..engine.parameters import RESUME, ParameterError
 from ..engine.progress import Progress
-from ..engine.streams import check_seed, stream
+from ..engine.streams import stream
 from ..engine.files import write_json
 from ..worlds.data import digits
-from ..metrics.arrays import OwnFolder
-from drift_rae.worlds.latents import (
-    STORED, begin_latents, describe_encoder, finish_latents, record_bytes, shard_record,
-    write_shard)
+from ..worlds.latents import (
+    DTYPES, begin_latents, describe_encoder, finish_latents, shard_record, write_shard)
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ffbaae35
 def center_crop(
@@ -45,7 +42,7 @@ def center_crop(
 def _check_root(root):
     "Refuse a folder that does not consist of class folders"
     where = f'images {str(root)!r}'
-    if not os.path.isdir(root): raise ParameterError(f'{where}: there is no such folder')
+    if not root.is_dir(): raise ParameterError(f'{where}: there is no such folder')
     entries = [e for e in sorted(root.iterdir()) if not e.name.startswith('.')]
     loose = [e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
     if loose:
@@ -59,6 +56,7 @@ def _in_label_order(names):
     "Whether sorted folder names are WordNet numbers, or numbers 0, 1, 2, ... of equal length"
     if all(len(n) == 9 and n[0] == 'n' and n[1:].isdigit() for n in names): return True
     return all(n.isdigit() and int(n) == i for i, n in enumerate(names))
+
 def _check_classes(root, names, num_classes):
     "Refuse another number of class folders, and names that do not sort into the labels' order"
     where = f'images {str(root)!r}'
@@ -76,7 +74,8 @@ def _check_classes(root, names, num_classes):
 # %% ../../nbs/imagenet/02_folders.ipynb #5a2a8a73
 class UnreadableImage(ParameterError):
     "A picture that is damaged; a disk that cannot be read is another error"
-class ClassFolder(OwnFolder):
+
+class ClassFolder(ImageFolder):
     "Photographs [3, size, size], float32 in [0, 1], and int labels, from a folder of class folders"
     def __init__(self,
         root:str|Path, # the folder
@@ -93,16 +92,15 @@ class ClassFolder(OwnFolder):
         except FileNotFoundError as e:
             raise ParameterError(f'images {str(root)!r}: {str(e).rstrip(".")}') from e
         if num_classes: _check_classes(root, self.classes, num_classes)
-        size, seed = check_whole(8, size=size), check_seed(seed)
         self.size, self.flip, self.seed, self.epoch, self.crop = size, flip, seed, 0, crop
         if without: self._leave_out(set(without))
-
 
 # %% ../../nbs/imagenet/02_folders.ipynb #ce1461b3
 @patch
 def name(self:ClassFolder, i:int)->str: # below the root, with forward slashes
     "The name of image `i`, by which a manifest and `without` refer to the image"
     return self.samples[i][0][len(self.root)+1:].replace('\\', '/')
+
 @patch
 def _leave_out(self:ClassFolder, names:set):
     "Remove images by name; a name that does not exist is a `ParameterError`"
@@ -115,16 +113,11 @@ def _leave_out(self:ClassFolder, names:set):
 
 # %% ../../nbs/imagenet/02_folders.ipynb #38777100
 @patch
-def rgb(self:ClassFolder, image:Image.Image)->Image.Image: # mode RGB
-    "A picture of any mode as three colour channels, before the crop"
-    return as_rgb(image, 'picture') # before the crop
-@patch
 def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
     "Image `i`, cropped; `UnreadableImage` if it is damaged, `ParameterError` if the disk fails"
-    i = check_whole(0, len(self)-1, image=i)
     path, name = self.samples[i][0], self.name(i)
     try:
-        with open(path, 'rb') as f: image = self.crop(self.rgb(Image.open(f)), self.size)
+        with open(path, 'rb') as f: image = self.crop(Image.open(f).convert('RGB'), self.size)
     except MemoryError: raise
     except Exception as e: # PIL has no common class for the many ways in which a picture is damaged
         if isinstance(e, OSError) and e.errno:
@@ -132,6 +125,7 @@ def pixels(self:ClassFolder, i:int)->Tensor: # uint8 [3, size, size]
         reason = str(e).replace(str(path), 'the file')
         raise UnreadableImage(f'{name} ({type(e).__name__}: {reason})') from e
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
 @patch
 def __getitem__(self:ClassFolder, i:int)->tuple: # (float32 [3, size, size] in [0, 1], label)
     "Image `i` and its label, mirrored at random with `flip`; errors as of `pixels`"
@@ -146,8 +140,9 @@ def describe(self:ClassFolder)->dict: # JSON-serialisable
     digest = hashlib.sha256()
     for i, label in enumerate(self.targets):
         digest.update(f'{label} {self.name(i)}\n'.encode(errors='surrogateescape'))
+    crop = getattr(self.crop, '__name__', str(self.crop))
     return dict(number=len(self), classes=len(self.classes), list=digest.hexdigest(),
-                size=self.size, crop=getattr(self.crop, '__name__', str(self.crop)))
+                size=self.size, crop=crop)
 
 # %% ../../nbs/imagenet/02_folders.ipynb #f3b80622
 def _framed(image, generator):
@@ -159,6 +154,7 @@ def _framed(image, generator):
     canvas = Image.new('RGB', (side, side+more) if upright else (side+more, side))
     canvas.paste(digit, ((canvas.width-side)//2, (canvas.height-side)//2))
     return canvas
+
 def digits_folder(
     folder:str|Path, # receives a folder for each class
     per_class:int=30, # images of each digit
@@ -166,10 +162,8 @@ def digits_folder(
     seed:int=0, # of the sizes
 )->Path: # the folder
     "Write handwritten digits as a class folder of small JPEG files of different sizes"
-    check_whole(1, 1000, per_class=per_class)
-    check_whole(1, 10, classes=classes)
-    folder = check_output(folder, folder=True)
-    (images, labels), g = digits(), stream(seed, 'digits folder')
+    images, labels = digits()
+    g = stream(seed, 'digits folder')
     for label in range(classes):
         home = Path(folder)/f'n{label:08d}'
         home.mkdir(parents=True, exist_ok=True)
@@ -185,6 +179,7 @@ class _Pixels(Dataset):
     def __getitem__(self, i):
         try: return i, self.folder.pixels(i), None
         except ParameterError as e: return i, None, e
+
 def _collate(items):
     "Indices and pixels of the readable images, and the errors of the rest by index"
     good = [(i, x) for i, x, e in items if e is None]
@@ -192,6 +187,7 @@ def _collate(items):
     for e in errors.values():
         if not isinstance(e, UnreadableImage): return [], None, e
     return [i for i, _ in good], torch.stack([x for _, x in good]) if good else None, errors
+
 def _load(folder, batches, workers):
     "Yield what `_collate` makes of each list of indices; an error of the disk is raised"
     loader = DataLoader(_Pixels(folder), batch_sampler=batches, num_workers=workers,
@@ -204,6 +200,7 @@ def _load(folder, batches, workers):
 def _cut(indices:range, each:int)->list: # ranges
     "Consecutive pieces of `each` indices; the last one may be shorter"
     return [indices[i:i+each] for i in range(0, len(indices), each)]
+
 def unreadable_images(
     folder:ClassFolder, # every image is read and cropped
     workers:int=0, # processes
@@ -221,8 +218,9 @@ def _encode_batch(autoencoder, pixels, first, *, flip, device, precision):
     "uint8 pixels [n, 3, H, W] -> latents [n*(1 + flip), C, h, w]; `first` seeds a random posterior"
     x = pixels.to(device, non_blocking=True).float()/255
     if flip: x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1) # [2n, 3, H, W]
-    random = 'generator' in inspect.signature(autoencoder.encode).parameters
-    options = dict(generator=torch.Generator(device).manual_seed(first)) if random else {}
+    options = {}
+    if 'generator' in inspect.signature(autoencoder.encode).parameters:
+        options['generator'] = torch.Generator(device).manual_seed(first)
     kind, half = torch.device(device).type, precision == 'bfloat16'
     with torch.autocast(kind, torch.bfloat16, enabled=half): return autoencoder.encode(x, **options)
 
@@ -234,6 +232,7 @@ def _counted(loaded, total, name):
         done += len(indices) + len(errors)
         progress(done-1, per_second=done/(time.perf_counter() - begin))
         yield indices, pixels, errors
+
 def _encode_shard(encode, loaded, batches, folder, *, flip, skip, bad):
     "Yield latents and labels of one shard by batch; `bad` collects the unreadable images by name"
     for batch, (indices, pixels, errors) in zip(batches, loaded):
@@ -260,16 +259,18 @@ def _encode_shards(encode, folder, out, plan, shards, *, batch, workers, flip, s
 def _check_encoding(rank, world, batch, shard_images, **options):
     "Refuse options that have no meaning"
     known = dict(unreadable=('error', 'skip'), resume=RESUME, precision=('float32', 'bfloat16'),
-                 dtype=STORED)
+                 dtype=tuple(DTYPES))
     for name, value in options.items():
         if value not in known[name]:
             raise ParameterError(f"{name}={value!r}: accepted is {', '.join(known[name])}")
-    check_whole(1, world=world, batch=batch)
-    check_whole(0, world - 1, rank=rank)
-    check_whole(0, shard_images=shard_images)
+    if 0 <= rank < world and batch >= 1 and shard_images >= 0: return
+    raise ParameterError(f'rank={rank}, world={world}, batch={batch}, shard_images={shard_images}: '
+        'rank must be below world, batch at least 1, shard_images not negative')
+
 def _per_shard(shape, dtype, flip):
     "How many images fill a gibibyte"
-    return max(1, 2**30//(record_bytes(dtype, shape)*(1 + flip)))
+    size = np.dtype(DTYPES[dtype][0]).itemsize
+    return max(1, 2**30//(size*math.prod(shape)*(1 + flip)))
 
 # %% ../../nbs/imagenet/02_folders.ipynb #256f6dbc
 def _must_write(out, mine, plan, resume):
@@ -281,6 +282,7 @@ def _must_write(out, mine, plan, resume):
                              'remove it or choose another folder')
     if todo: (out/'manifest.json').unlink(missing_ok=True) # a shard was lost: it is made again
     return todo
+
 def _report_unreadable(out, rank, failed):
     "Write the list of unreadable images and raise one error that names them"
     write_json(out/'writing'/f'unreadable-{rank}.json', failed)
@@ -294,6 +296,7 @@ def _report_unreadable(out, rank, failed):
 def _device(rank):
     "A GPU by rank, or the CPU"
     return f'cuda:{rank % torch.cuda.device_count()}' if torch.cuda.is_available() else 'cpu'
+
 def _begin(autoencoder, folder, out, dtype, shard_images, resume, revision, flip, precision):
     "The plan that all processes share, written or compared, and the images of each shard"
     shape = tuple(autoencoder.latent_shape)
@@ -312,7 +315,7 @@ def encode_folder(
     autoencoder, # with encode and latent_shape: RAE, VAE
     folder:ClassFolder|str|Path, # the images
     out:str|Path, # folder of the store
-    dtype:str='bfloat16', # of the store: one of latents.STORED
+    dtype:str='bfloat16', # of the store: a key of latents.DTYPES
     shard_images:int=0, # images in a shard; 0 = as many as fill a gibibyte
     rank:int=0, # this process encodes shards rank, rank + world, ...
     world:int=1, # number of processes
@@ -330,11 +333,6 @@ def encode_folder(
     "Encode images into a latent store; called by each of `world` processes, and again after a kill"
     _check_encoding(rank, world, batch, shard_images,
                     unreadable=unreadable, resume=resume, precision=precision, dtype=dtype)
-    check_whole(0, workers=workers)
-    check_device(device or 'cpu')
-    out = check_output(out, folder=True)
-    if getattr(autoencoder, 'encoder', autoencoder) is None or not hasattr(autoencoder, 'encode'):
-        raise ParameterError('autoencoder: accepted is one with an encoder')
     if not isinstance(folder, ClassFolder): folder = ClassFolder(folder, size, num_classes)
     out, flip, device = Path(out), int(flip), device or _device(rank)
     plan, shards = _begin(

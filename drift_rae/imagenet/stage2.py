@@ -9,18 +9,15 @@ __all__ = ['TeacherMonitor', 'flow_parts', 'run_flow', 'start_flow']
 from dataclasses import asdict, replace
 from pathlib import Path
 from ..engine import launch
-from ..engine.sharding import fast_products, full_state
+from ..engine.sharding import full_state
 from ..autoencoder import RAE
-from ..engine.parameters import (
-    MODELS, RESUME, SMALL, ParameterError, check_choice, check_output, check_whole)
-from ..engine.streams import check_seed
-from ..engine.progress import few_threads, limit_threads
-from ..engine.files import RunFolder, versions
+from ..engine.parameters import MODELS, RESUME, ParameterError
+from ..engine.progress import limit_threads
+from ..engine.files import versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
 from ..worlds.latents import describe_store, latent_store
 from ..parts.monitor import Monitor
-from ..engine.checkpoints import Checkpoints, finished_rows, is_finished
-import torch
+from ..engine.training import Checkpoints
 from torch import Tensor
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #9dc2dbd2
@@ -35,14 +32,22 @@ class TeacherMonitor(Monitor):
         if self.decode is not None: Monitor.sheet(self, latents, path)
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #167126f8
-def _check_square(store):
-    "Refuse latents that are not square"
-    c, h, w = store.latent_shape
-    if h != w: raise ParameterError(f'latents: {h} x {w} tokens, accepted is a square')
+def _check_fit(model, store, config, rae):
+    "Refuse latents or an autoencoder of another shape, and too many classes"
+    wanted = (config['in_channels'], config['input_size'], config['input_size'])
+    found, classes = tuple(store.latent_shape), config['num_classes']
+    if found != wanted:
+        raise ParameterError(f'latents: they have shape {found}, model={model} takes {wanted}')
+    if store.num_classes > classes:
+        raise ParameterError(f'latents: they have {store.num_classes} classes, '
+                             f'model={model} has {classes}')
+    if rae and tuple(rae.latent_shape) != wanted:
+        raise ParameterError(f'autoencoder: its latents have shape {tuple(rae.latent_shape)}, '
+                             f'model={model} takes {wanted}')
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #6ba60fd5
 def flow_parts(
-    model:str, # 'tiny', 'nano', 's', 'b', 'l' or 'xl'
+    model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     latents:str='', # folder of the latent store; empty: the digits, for tiny
     autoencoder:str='', # the autoencoder's folder or name; empty: shipped, for tiny
 )->tuple: # latent store, keywords of the network, autoencoder or None
@@ -52,13 +57,10 @@ def flow_parts(
     if model != 'tiny' and not latents:
         raise ParameterError(f'model={model}: give latents=FOLDER, a latent store written by '
                              'nbs/imagenet/02_folders.ipynb')
-    store, rae = latent_store(model, latents), None
-    _check_square(store)
-    config = preset(model, store.latent_shape, store.num_classes)
+    store, config, rae = latent_store(model, latents), preset(model), None
+    _check_fit(model, store, config, None)
     if autoencoder or model == 'tiny': rae = RAE.from_pretrained(autoencoder or 'tiny')
-    if rae and tuple(rae.latent_shape) != tuple(store.latent_shape):
-        raise ParameterError(f'autoencoder: its latents have shape {tuple(rae.latent_shape)}, '
-                             f'the store has {tuple(store.latent_shape)}')
+    _check_fit(model, store, config, rae)
     return store, config, rae
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #ecb09a93
@@ -71,7 +73,7 @@ def _save_teacher(path, config, average, whole, losses, seed, flow):
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #8890edcb
 def run_flow(
-    model:str, # 'tiny', 'nano', 's', 'b', 'l' or 'xl'
+    model:str, # 'tiny', 's', 'b', 'l' or 'xl'
     flow:FlowConfig, # how to train
     out:str, # output folder
     *, seed:int=0, # of weights, batches, noise and label dropout
@@ -84,44 +86,32 @@ def run_flow(
     every:int=0, # steps between checkpoints; 0: 500 for tiny, else 2500
 )->list: # loss of each step
     "One process of a teacher's training, writing everything into `out`"
-    with few_threads(model), torch.random.fork_rng(), fast_products():
-        return _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_every,
-                         samples, sharding, every)
-
-def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_every, samples,
-              sharding, every):
-    "`run_flow`, with threads and random state as the run needs them"
-    out, device, small = Path(out), launch.device(), model in SMALL
+    limit_threads(model)
+    out, device, small = Path(out), launch.device(), model == 'tiny'
     store, config, rae = flow_parts(model, latents, autoencoder)
-    same = replace(flow, at_once=0, readers=min(1, flow.readers)) # larger ones change no result
-    identity = dict(model=config, flow=asdict(same), seed=seed, latents=describe_store(store))
-    grows = 'flow.steps' if flow.lr[0] == flow.lr[1] else '' # else the rate falls over all steps
-    folder = RunFolder(out, identity, grows)
-    if is_finished(folder, resume): return [r['loss'] for r in finished_rows(folder, flow.steps)]
     monitor = TeacherMonitor(store, rae and rae.to(device).decode, out,
-        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000),
-        precision=flow.precision)
-    checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500),
-                              grows=grows)
+        monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000))
+    identity = dict(model=config, flow=asdict(replace(flow, at_once=0)), seed=seed,
+                    latents=describe_store(store)) # at_once changes memory, not the result
+    checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500))
     average, losses = train_teacher(
         store, config=config, flow=flow, seed=seed, device=device, callback=monitor,
         resume=resume, sharding=sharding, checkpoints=checkpoints, log=out/'log.csv')
     whole = full_state(average)
     if launch.is_main():
         _save_teacher(out/'teacher.safetensors', config, average, whole, losses, seed, flow)
-        folder.finish(['teacher.safetensors'])
     launch.barrier()
     return losses
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #f68ef670
 def start_flow(
-    model:str='tiny', # 'tiny', 'nano', 's', 'b', 'l' or 'xl'
+    model:str='tiny', # 'tiny', 's', 'b', 'l' or 'xl'
     out:str='', # output folder; empty: runs/teacher_ and the name of the model
     seed:int=0, # of weights, batches, noise and label dropout
     steps:int=0, # updates; 0: as the preset has it
     batch:int=0, # latents per update, over all processes; 0: as the preset has it
     at_once:int=0, # latents that one process computes together; 0: its share of the batch
-    precision:str='', # of the forward pass: float32 or bfloat16; empty: as the preset has it
+    precision:str='float32', # of the forward pass, or 'bfloat16'
     sharding:str='ddp', # or 'fsdp'
     resume:str='auto', # 'auto': continue a stopped run; 'never': start over; 'must': only continue
     nproc:int=0, # processes on this machine; 0: one for each visible GPU, or one on the CPU
@@ -133,15 +123,11 @@ def start_flow(
     samples:int=0, # how many; 0: 200 for tiny, else 1000
 )->list: # loss of each step
     "Check everything, then train on all processes"
-    check_whole(0, steps=steps, batch=batch, at_once=at_once, monitor_every=monitor_every)
-    seed, _ = check_seed(seed), check_choice(('ddp', 'fsdp'), sharding=sharding)
-    check_choice(RESUME, resume=resume)
-    if samples: check_whole(2, 10**7, samples=samples)
-    check_output(out or f'runs/teacher_{model}', folder=True)
-    given = dict(steps=steps, batch=batch, at_once=at_once, precision=precision)
-    given = {k: v for k, v in given.items() if v}
-    flow = replace(FlowConfig.preset(model), **given)
+    given = {k: v for k, v in dict(steps=steps, batch=batch, at_once=at_once).items() if v}
     flow_parts(model, latents, autoencoder)
+    if resume not in RESUME:
+        raise ParameterError(f"resume={resume!r}: accepted is one of {', '.join(RESUME)}")
+    flow = replace(FlowConfig.preset(model), precision=precision, **given)
     if flow.hold >= flow.steps: flow = replace(flow, hold=flow.steps//20)
     out = Path(out or f'runs/teacher_{model}')
     if resume == 'must' and not list((out/'checkpoints').glob('*.json')):

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..engine.files import hash_weights, load_weights, save_weights, versions
-from ..engine.parameters import ParameterError, check_output, check_whole, shown
+from ..engine.files import load_weights, save_weights, versions
 from ..engine.launch import spread
 from .extractors import Extractor
 from .images import Images
@@ -72,10 +71,9 @@ def _extract(images, extractor, batch, rank=0, world=1):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    try:
-        with torch.backends.cudnn.flags(**exact):
-            parts = list(_batches(images, extractor, batch, rank, world))
-    finally: torch.set_float32_matmul_precision(before)
+    with torch.backends.cudnn.flags(**exact):
+        parts = list(_batches(images, extractor, batch, rank, world))
+    torch.set_float32_matmul_precision(before)
     return _joined(parts)
 
 # %% ../../nbs/metrics/05_features.ipynb #9f1df24b
@@ -102,10 +100,6 @@ def extract(
 
     They are the same for any order of the images, any number of processes and, up to rounding,
     any batch size."""
-    batch, processes = check_whole(1, batch=batch, processes=processes)
-    if not isinstance(images, Images) or not callable(extractor):
-        raise ParameterError(f'images={shown(images)}, extractor={shown(extractor)}: accepted are '
-                             'Images, as of open_images, and an Extractor')
     if processes == 1:
         one = extractor if isinstance(extractor, Extractor) else extractor(0)
         return Features(*_extract(images, one, batch))
@@ -119,16 +113,6 @@ def _cache_key(hashes, extractor):
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 # %% ../../nbs/metrics/05_features.ipynb #0534f2e8
-def _read_cache(path):
-    "Tensors and configuration of a file of features; None if it is missing, damaged or altered"
-    if not path.is_file(): return None
-    try: values, config = load_weights(path)
-    except ParameterError as e: print(f'{e}: it is made again', flush=True)
-    else:
-        whole = config.get('digest') == hash_weights(values) and config.get('hashes')
-        if whole: return values, config
-        print(f'{path} does not have the digest of its features: it is made again', flush=True)
-
 def cached_features(
     images:Images, # what to look at
     extractor:Extractor, # with what
@@ -138,15 +122,12 @@ def cached_features(
     "`extract`, kept on disk under a hash of the images, the weights and the resize"
     if not cache: return extract(images, extractor, batch)
     hashes = [hash_image(images[i]) for i in range(len(images))]
-    path = check_output(cache, folder=True, name='cache')
-    path = path/f'{_cache_key(hashes, extractor)}.safetensors'
-    known = _read_cache(path)
-    if known is None:
+    path = Path(cache)/f'{_cache_key(hashes, extractor)}.safetensors'
+    if not path.is_file():
         f = extract(images, extractor, batch)
-        save_weights(path, f.values, dict(hashes=f.hashes, extractor=extractor.describe(),
-                                          digest=hash_weights(f.values)))
+        save_weights(path, f.values, dict(hashes=f.hashes, extractor=extractor.describe()))
         return f
-    values, config = known
+    values, config = load_weights(path)
     f = Features(config['hashes'], values)
     f.order = _by_hash(hashes) # where these rows are in this source
     return f

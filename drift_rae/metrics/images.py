@@ -7,7 +7,7 @@ __all__ = ['QUANTISE', 'to_uint8', 'Images', 'TensorImages', 'FolderImages', 'Np
            'sample_blocks', 'BlockImages', 'sample_images', 'write_npz', 'write_png']
 
 # %% ../../nbs/metrics/03_images.ipynb #6bc5c5fb
-import json, os, zipfile
+import json, zipfile
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -15,14 +15,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from drift_rae.engine.parameters import (
-    ParameterError, as_path, as_rgb, check_choice, check_output, check_tensor, check_whole,
-    read_json,
-    shown)
-from .arrays import npz_array, pictures_below
-from ..engine.files import atomic, sha256_of, write_json
-from ..engine.progress import few_threads
-from ..engine.streams import check_labels, check_seed, stream
+from ..engine.parameters import ParameterError
+from ..engine.files import atomic, write_json
+from ..engine.streams import stream
 from ..engine.launch import spread
 
 # %% ../../nbs/metrics/03_images.ipynb #1e9c6b91
@@ -33,10 +28,11 @@ def to_uint8(
     mode:str='round', # to the nearest level, or 'truncate' as the official RAE sampling does
 )->Tensor: # uint8, same shape
     "Quantise images to 8 bits; values outside [0, 1] are clipped"
-    check_choice(QUANTISE, quantise=mode)
-    check_tensor(images, '', 'images', finite=True)
-    if images.numel() and images.max() > 2:
-        raise ParameterError(f'images: values up to {images.max():.3g}; accepted is [0, 1]')
+    if mode not in QUANTISE:
+        raise ValueError(f"quantisation {mode!r}: accepted is one of {', '.join(QUANTISE)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: accepted is floating point in [0, 1]")
+    if not images.isfinite().all(): raise ValueError('the images contain NaN or infinity')
     x = images.clamp(0, 1)*255
     return (x.round() if mode == 'round' else x).to(torch.uint8)
 
@@ -55,7 +51,7 @@ class Images(torch.utils.data.Dataset):
 
     def read(self, indices):
         "The images with these indices, uint8 [n, 3, H, W]"
-        return torch.stack([self._one(check_whole(0, len(self)-1, image=i)) for i in indices])
+        return torch.stack([self._one(int(i)) for i in indices])
 
     def describe(self):
         "What the record of a number says about this set: a dict that JSON can hold"
@@ -68,8 +64,7 @@ class TensorImages(Images):
         pixels:Tensor, # uint8 [N, 3, H, W]
         **about, # what the record says about them
     ):
-        self.pixels, self.about = check_tensor(pixels, 'N 3 H W', 'pixels', 'uint8'), about
-        if not pixels.numel(): raise ParameterError('pixels: there are no images')
+        self.pixels, self.about = pixels, about
         self.n, self.size = len(pixels), tuple(pixels.shape[2:])
 
     def _one(self, i): return self.pixels[i]
@@ -79,13 +74,16 @@ class TensorImages(Images):
         return dict(super().describe(), source='memory', **self.about)
 
 # %% ../../nbs/metrics/03_images.ipynb #ab5b68a7
+_SUFFIXES = ('.png', '.jpg', '.jpeg')
+
 class FolderImages(Images):
     "All PNG and JPEG files below a folder, in the order of their paths"
     def __init__(self,
         path:str|Path, # the folder
     ):
-        self.path = as_path(path)
-        self.files = sorted(pictures_below(self.path))
+        self.path = Path(path)
+        self.files = sorted(p for p in self.path.rglob('*')
+                            if p.suffix.lower() in _SUFFIXES and not p.name.startswith('.'))
         if not self.files:
             raise ParameterError(f"{path}: no .png or .jpg file in this folder")
         self.n, self.size = len(self.files), None
@@ -102,9 +100,8 @@ def _one(self:FolderImages, i):
     "Image i, uint8 [3, H, W]; ParameterError if the file is damaged or has another size"
     from PIL import Image, UnidentifiedImageError
     file = self.files[i]
-    try: x = np.array(as_rgb(Image.open(file), file))
-    except ParameterError: raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
+    try: x = np.array(Image.open(file).convert('RGB'))
+    except (UnidentifiedImageError, OSError) as e:
         raise ParameterError(f"{file} is not a whole image ({e})") from e
     if self.size and x.shape[:2] != tuple(self.size):
         raise ParameterError(
@@ -112,17 +109,41 @@ def _one(self:FolderImages, i):
             f"{self.size[0]} x {self.size[1]}: all images must have one size")
     return torch.from_numpy(x).permute(2, 0, 1)
 
+# %% ../../nbs/metrics/03_images.ipynb #6e609e7a
+def _npz_array(path):
+    "Where arr_0 of an uncompressed npz file begins (bytes from the file's start), and its shape"
+    with zipfile.ZipFile(path) as z:
+        if 'arr_0.npy' not in z.namelist():
+            raise ParameterError(f"{path}: no images in it (no array arr_0), "
+                                 f"it has {', '.join(z.namelist())}")
+        info = z.getinfo('arr_0.npy')
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ParameterError(f"{path} is compressed: "
+                                 f"write it with numpy.savez, not savez_compressed")
+        with z.open(info) as f: shape, fortran, dtype, header = _npy_header(f)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+        raise ParameterError(f"{path}: arr_0 is {dtype} {shape}, accepted is uint8 [N, H, W, 3]")
+    with open(path, 'rb') as f: # the local header's two length fields say where the data begin
+        f.seek(info.header_offset + 26)
+        name, extra = np.frombuffer(f.read(4), '<u2')
+    return info.header_offset + 30 + int(name) + int(extra) + header, shape
+
+# %% ../../nbs/metrics/03_images.ipynb #7da92245
+def _npy_header(f):
+    "Shape, order, dtype and length of the header of an open npy file"
+    version = np.lib.format.read_magic(f)
+    read = {(1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0}[version]
+    return *read(f), f.tell()
+
 # %% ../../nbs/metrics/03_images.ipynb #5c5379f4
 class NpzImages(Images):
     "`arr_0` uint8 [N, H, W, 3] of an uncompressed npz file, mapped instead of loaded"
     def __init__(self,
         path:str|Path, # the npz file
     ):
-        self.path = as_path(path)
-        try: self.at, self.shape = npz_array(path)
-        except ParameterError: raise
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile, SyntaxError) as e:
-            raise ParameterError(f'{path} is not a whole npz file ({e})') from e
+        self.path = Path(path)
+        self.at, self.shape = _npz_array(path)
         self.n, self.size = self.shape[0], self.shape[1:3]
 
     def _one(self, i):
@@ -138,8 +159,8 @@ def open_images(
     path:str|Path, # folder or npz file
 )->Images:
     "The images of a folder or an npz file; ParameterError if there are none"
-    if os.path.isdir(as_path(path)): return FolderImages(path)
-    if not os.path.isfile(path):
+    if Path(path).is_dir(): return FolderImages(path)
+    if not Path(path).is_file():
         raise ParameterError(f"no file or folder {path}: accepted is a folder of PNG files "
                              f"or an npz file with arr_0")
     if not zipfile.is_zipfile(path): raise ParameterError(f"{path} is not a whole npz file")
@@ -156,13 +177,10 @@ class GeneratedImages(Images):
         classes:int, # number of classes
         per_class:int, # images of each
         seed:int=0, # of the noises
-        quantise:str='truncate', # as the official sampling, or round: see to_uint8
+        quantise:str='round', # round or truncate, see to_uint8
         block:int=50, # images that are generated together
         name:dict=None, # for the record: weights' hash, NFE, guidance
     ):
-        counts = dict(classes=classes, per_class=per_class, block=block)
-        classes, per_class, block = check_whole(1, **counts)
-        seed, quantise = check_seed(seed), check_choice(QUANTISE, quantise=quantise)
         self.generate, self.shape, self.classes = generate, tuple(shape), classes
         self.seed, self.quantise, self.block = seed, quantise, block
         self.n, self.name, self._last = classes*per_class, name or {}, (None, None)
@@ -195,9 +213,7 @@ def _block(self:GeneratedImages, b):
         which = range(b*self.block, (b+1)*self.block)
         noise = torch.stack([self.noise(i) for i in which])
         labels = torch.tensor([self.label(i) for i in which])
-        if not callable(self.generate): raise ParameterError('generate: accepted is a function')
-        made = check_tensor(self.generate(noise, labels), f'{self.block} 3 H W', 'generated images')
-        self._last = b, to_uint8(made.cpu(), self.quantise)
+        self._last = b, to_uint8(self.generate(noise, labels).cpu(), self.quantise)
     return self._last[1]
 
 # %% ../../nbs/metrics/03_images.ipynb #c3d67af2
@@ -214,7 +230,7 @@ def _check_plan(out, plan):
     "Write the plan of a new folder; ParameterError if the folder was begun with another one"
     plan = json.loads(json.dumps(plan))
     if not (out/'plan.json').is_file(): return write_json(out/'plan.json', plan)
-    old = read_json(out/'plan.json', 'the plan of a folder of images')
+    old = json.loads((out/'plan.json').read_text())
     differ = [k for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
     if differ:
         raise ParameterError(f"{out} was begun with another {', '.join(differ)}: "
@@ -228,31 +244,26 @@ def sample_blocks(
     world:int=1, # number of processes
 )->int: # blocks that this call generated
     "Write the blocks that are still missing; a run that was stopped continues"
-    out, world = check_output(out, folder=True), check_whole(1, world=world)
-    rank = check_whole(0, world-1, rank=rank)
+    out = Path(out)
     _check_plan(out, images.describe())
     todo = [b for b in _blocks(len(images), images.block)
             if b % world == rank and not (out/f'{b:06d}.npy').is_file()]
     for b in todo:
         pixels = images._block(b)[:len(images)-b*images.block].permute(0, 2, 3, 1)
-        with atomic(out/f'{b:06d}.npy') as f:
-            with open(f, 'wb') as handle: np.save(handle, pixels.contiguous().numpy())
-            (out/f'{b:06d}.sha256').write_text(sha256_of(f))
+        with atomic(out/f'{b:06d}.npy') as f, open(f, 'wb') as handle:
+            np.save(handle, pixels.contiguous().numpy())
     return len(todo)
 
 # %% ../../nbs/metrics/03_images.ipynb #e92e33f7
-_PLAN = 'n', 'block', 'height', 'width', 'classes'
-
 class BlockImages(Images):
     "The images of a folder that `sample_blocks` has filled; ParameterError if blocks are missing"
     def __init__(self,
         path:str|Path, # the folder
     ):
-        self.path, self._checked = as_path(path), set()
+        self.path = Path(path)
         if not (self.path/'plan.json').is_file():
             raise ParameterError(f"{path}: no plan.json, so sample_blocks has not begun here")
-        self.plan = read_json(self.path/'plan.json', 'the plan of a folder of images', _PLAN)
-        check_whole(1, 10**9, **{k: self.plan[k] for k in _PLAN})
+        self.plan = json.loads((self.path/'plan.json').read_text())
         self.n, self.block = self.plan['n'], self.plan['block']
         self.size = self.plan['height'], self.plan['width']
         missing = [b for b in _blocks(self.n, self.block) if not self._file(b).is_file()]
@@ -263,20 +274,8 @@ class BlockImages(Images):
     def _file(self, b): return self.path/f'{b:06d}.npy'
 
     def _one(self, i):
-        block = self._open(i//self.block)
+        block = np.load(self._file(i//self.block), mmap_mode='r')
         return torch.from_numpy(block[i % self.block].copy()).permute(2, 0, 1)
-
-    def _open(self, b):
-        "Block b, mapped; ParameterError if its digest or shape is not as it was written"
-        file, wanted = self._file(b), (min(self.block, self.n - b*self.block), *self.size, 3)
-        digest = file.with_suffix('.sha256')
-        if b not in self._checked and digest.is_file() and digest.read_text() != sha256_of(file):
-            raise ParameterError(f'{file} was altered: remove this file and sample again')
-        self._checked.add(b)
-        try: block = np.load(file, mmap_mode='r')
-        except (ValueError, OSError) as e: raise ParameterError(f'{file} is damaged ({e})') from e
-        if block.shape == wanted and block.dtype == np.uint8: return block
-        raise ParameterError(f'{file} is {block.dtype} {block.shape}; accepted is uint8 {wanted}')
 
     def labels(self):
         "Classes of all images, int64 [N]"
@@ -289,7 +288,8 @@ class BlockImages(Images):
 # %% ../../nbs/metrics/03_images.ipynb #78ee1c2a
 def _sample_rank(rank, make, out, world):
     "What one process does: blocks rank, rank + world, ... on one thread"
-    with few_threads(): return sample_blocks(make(rank), out, rank, world)
+    torch.set_num_threads(1)
+    return sample_blocks(make(rank), out, rank, world)
 
 # %% ../../nbs/metrics/03_images.ipynb #fa218c89
 def sample_images(
@@ -298,8 +298,6 @@ def sample_images(
     processes:int=1, # how many share the work
 )->BlockImages: # the whole set, on the disk
     "Generate a set of images into a folder, block by block, in one or several processes"
-    if not callable(make): raise ParameterError(f'make={shown(make)}: accepted is a function')
-    out = check_output(out, folder=True)
     spread(partial(_sample_rank, make=make, out=out, world=processes), processes)
     return BlockImages(out)
 
@@ -310,8 +308,6 @@ def write_npz(
     labels=None, # classes [N]; None = no arr_1
 ):
     "Write images in the ADM layout, image by image: arr_0 uint8 [N, H, W, 3], arr_1 labels [N]"
-    path = check_output(path)
-    if labels is not None: labels = check_labels(labels, n=len(images))
     header = dict(descr='|u1', fortran_order=False, shape=(len(images), *images.size, 3))
     with atomic(path) as f, zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as z:
         with z.open('arr_0.npy', 'w', force_zip64=True) as member:
@@ -330,8 +326,7 @@ def write_png(
 ):
     "Write images as PNG files, number and class in the name"
     from PIL import Image
-    check_output(folder, folder=True).mkdir(parents=True, exist_ok=True)
-    if labels is not None: labels = check_labels(labels, n=len(images))
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for i in range(len(images)):
         name = f'{i:06d}.png' if labels is None else f'{i:06d}_class{int(labels[i]):04d}.png'
         pixels = images[i].permute(1, 2, 0).contiguous().numpy()

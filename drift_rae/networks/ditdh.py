@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..engine.parameters import (
-    ParameterError, check_choice, check_config, number, several)
+from ..engine.parameters import ParameterError
 from .layers import (
     Block, FinalLayer, LabelEmbedding, RotaryEmbedding, SwiGLU, TimeEmbedding, TokenEmbedding)
 from .vit import sincos_positions
@@ -21,13 +20,12 @@ from .vit import sincos_positions
 # %% ../../nbs/networks/05_ditdh.ipynb #a0b29813
 def _check_options(patch_size, hidden_size, depth, heads):
     "A clear message for constructor values that cannot be built"
-    pair = several(number(int, 1, 16384), 2)
-    check_config(dict(hidden_size=hidden_size, depth=depth, num_heads=heads), 'DiTDH',
-                 dict(hidden_size=pair, depth=several(number(int, 0, 256), 2), num_heads=pair))
     if patch_size not in (1, [1, 1], (1, 1)):
         raise ParameterError(f"patch_size={patch_size}: DiT^DH takes one latent position per "
                              "token, so 1 or [1, 1]")
-
+    for name, v in dict(hidden_size=hidden_size, depth=depth, num_heads=heads).items():
+        if not isinstance(v, (list, tuple)) or len(v) != 2:
+            raise ParameterError(f"{name}={v!r}: two numbers are needed, for trunk and head")
 
 # %% ../../nbs/networks/05_ditdh.ipynb #c3b08d92
 def _check_widths(hidden_size, heads, use_rope, use_pos_embed):
@@ -42,13 +40,6 @@ def _check_widths(hidden_size, heads, use_rope, use_pos_embed):
                              "multiple of 4")
 
 # %% ../../nbs/networks/05_ditdh.ipynb #daff1312
-_SWITCH = (False, True)
-_OPTIONS = dict( # what a configuration may say beside widths, depths and heads
-    input_size=number(int, 1, 1024), in_channels=number(int, 1, 65536),
-    mlp_ratio=number(float, .01, 64), class_dropout_prob=number(float, 0, 1),
-    num_classes=number(int, 1, 10**6), use_qknorm=_SWITCH, use_swiglu=_SWITCH, use_rope=_SWITCH,
-    use_rmsnorm=_SWITCH, wo_shift=_SWITCH, use_pos_embed=_SWITCH)
-
 class DiTDH(nn.Module):
     "DiT^DH: a trunk conditioned on time and label, and a wide head conditioned on the trunk"
     def __init__(self,
@@ -73,8 +64,7 @@ class DiTDH(nn.Module):
                    if k not in ('self', 'unknown', '__class__')}
         if unknown: raise ParameterError(f"DiTDH has no option {', '.join(map(str, unknown))}: "
                                          f"it has {', '.join(options)}")
-        heads = [num_heads]*2 if isinstance(num_heads, int) else num_heads
-        check_config({k: options[k] for k in _OPTIONS}, 'DiTDH', _OPTIONS)
+        heads = [num_heads]*2 if isinstance(num_heads, int) else list(num_heads)
         _check_options(patch_size, hidden_size, depth, heads)
         _check_widths(hidden_size, heads, use_rope, use_pos_embed)
         super().__init__()
@@ -179,23 +169,19 @@ def _check(self:DiTDH, x, t, y):
 #               size  C    trunk, head   depth    heads    classes
 _SIZES = dict(
     tiny = (     4,   32, [  64,   96], [ 3, 1], [ 4,  4],   10),
-    nano = (     4,   64, [  64,   96], [ 3, 1], [ 4,  4],   10),
     s    = (    16,  768, [ 384, 2048], [12, 2], [ 6, 16], 1000),
     b    = (    16,  768, [ 768, 2048], [12, 2], [12, 16], 1000),
     l    = (    16,  768, [1024, 2048], [24, 2], [16, 16], 1000),
     xl   = (    16,  768, [1152, 2048], [28, 2], [16, 16], 1000))
 
 def preset(
-    name:str, # tiny, nano, s, b, l or xl
-    shape:tuple=None, # of the latents, (C, h, w); None: as in the table
-    num_classes:int=0, # 0: as in the table
+    name:str, # tiny, s, b, l or xl
 )->dict: # keywords for DiTDH
-    "The constructor keywords of DiT^DH in one of six sizes"
-    check_choice(_SIZES, preset=name)
+    "The constructor keywords of DiT^DH in one of five sizes"
+    if name not in _SIZES:
+        raise ParameterError(f"unknown preset {name!r}: accepted is one of {', '.join(_SIZES)}")
     names = ('input_size', 'in_channels', 'hidden_size', 'depth', 'num_heads', 'num_classes')
-    config = copy.deepcopy(dict(zip(names, _SIZES[name])))
-    if shape: config.update(in_channels=shape[0], input_size=shape[1])
-    return {**config, 'num_classes': num_classes} if num_classes else config
+    return copy.deepcopy(dict(zip(names, _SIZES[name])))
 
 # %% ../../nbs/networks/05_ditdh.ipynb #32c77e9d
 @patch
@@ -205,13 +191,4 @@ def pad_swiglu(self:DiTDH,
     "Compute every SwiGLU at a padded hidden width: the same numbers, better aligned matrices"
     for m in self.modules():
         if isinstance(m, SwiGLU): m.multiple = multiple
-    return self
-
-# %% ../../nbs/networks/05_ditdh.ipynb #241cbb26
-@patch
-def compile_blocks(self:DiTDH,
-    **options, # of torch.compile, such as backend
-)->DiTDH: # the same network
-    "Compile every block, for any number of images"
-    for block in self.blocks: block.compile(**{'dynamic': True, **options})
     return self

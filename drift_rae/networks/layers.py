@@ -56,15 +56,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x:Tensor)->Tensor:
         "Rotate x [..., size*size, head_dim] in float32; shape and dtype stay"
-        if torch.compiler.is_compiling(): return self.real(x)
         turn = torch.complex(self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float())
         return torch.view_as_real(self._complex(x)*turn).flatten(-2).type_as(x)
-
-    def real(self, x:Tensor)->Tensor:
-        "As `forward`, to the bit, without complex numbers, for which compilers make no code"
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1) # [..., size*size, head_dim/2]
-        cos, sin = self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float()
-        return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2).type_as(x)
 
     def _complex(self, x): return torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
 

@@ -12,8 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..engine.files import fill
-from ..engine.parameters import (
-    ParameterError, check_config, check_images, number, read_json, several)
+from ..engine.parameters import ParameterError
 from ..engine.hub import hub_folder, is_repository, read_checkpoint
 from .released import read_safetensors
 
@@ -45,7 +44,8 @@ def posterior(self:SDVAE,
     images:Tensor, # [N, 3, H, W] in [0, 1]
 )->tuple: # mean and log-variance, each [N, 4, H/8, W/8], not scaled
     "The Gaussian that the encoder gives; a ValueError if the shape is not that of RGB images"
-    check_images(images)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}: expected [N, 3, H, W]")
     p = self.network.encode(2*images - 1).latent_dist
     return p.mean, p.logvar
 
@@ -73,24 +73,6 @@ def decode(self:SDVAE,
     return images.clamp(0, 1) if clamp else images
 
 # %% ../../nbs/networks/03_sdvae.ipynb #602e5764
-_WIDTHS = several(number(int, 1, 4096), 1, 8)
-
-def _maybe(rule):
-    "A rule: None, or what another rule accepts"
-    return lambda v: None if v is None else rule(v)
-
-_SD_RULES = dict( # what a configuration may say; nothing else reaches the constructor
-    in_channels=(3,), out_channels=(3,), latent_channels=number(int, 1, 64),
-    block_out_channels=_WIDTHS, layers_per_block=number(int, 1, 8), act_fn=('silu',),
-    norm_num_groups=number(int, 1, 256), sample_size=number(int, 8, 4096),
-    down_block_types=several(('DownEncoderBlock2D',), 1, 8),
-    up_block_types=several(('UpDecoderBlock2D',), 1, 8),
-    scaling_factor=number(float, 1e-6, 1e3), shift_factor=_maybe(number(float, -1e3, 1e3)),
-    latents_mean=_maybe(several(number(float), 1, 64)),
-    latents_std=_maybe(several(number(float), 1, 64)), force_upcast=(True, False, 0., 1.),
-    use_quant_conv=(True, False), use_post_quant_conv=(True, False),
-    mid_block_add_attention=(True, False))
-
 SD_VAE = dict( # keywords for diffusers.AutoencoderKL
     in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[128, 256, 512, 512],
     layers_per_block=2, act_fn='silu', norm_num_groups=32, sample_size=256,
@@ -104,8 +86,7 @@ def sd_network(
     except ImportError as e:
         raise ParameterError(
             f"SD-VAE needs the package diffusers: pip install drift-rae[sdvae] ({e})") from e
-    config = {k: v for k, v in config.items() if not str(k).startswith('_')}
-    return AutoencoderKL(**check_config(config, 'SD-VAE', _SD_RULES))
+    return AutoencoderKL(**{k: v for k, v in config.items() if not k.startswith('_')})
 
 # %% ../../nbs/networks/03_sdvae.ipynb #9c1f837e
 _NEW = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
@@ -141,8 +122,9 @@ def _sd_files(name_or_path, revision):
 # %% ../../nbs/networks/03_sdvae.ipynb #73d17c50
 def _sd_config(path):
     "The configuration in a file and its network with random weights"
-    config = read_json(path, "SD-VAE's configuration")
-    try: return config, sd_network(config)
+    try:
+        config = json.loads(path.read_text())
+        return config, sd_network(config)
     except ParameterError: raise
     except (TypeError, ValueError) as e:
         raise ParameterError(f"{path} is not the configuration of an AutoencoderKL ({e})") from e

@@ -4,19 +4,15 @@
 
 # %% auto #0
 __all__ = ['T_MAX', 'SAMPLERS', 'flow_path', 'flow_velocity', 'time_shift', 'default_shift', 'sample_time', 'flow_draw',
-           'flow_loss', 'time_grid', 'sample_euler', 'sample_heun', 'StepDraws']
+           'flow_loss', 'time_grid', 'sample_euler', 'sample_heun']
 
 # %% ../../nbs/parts/02e_paths.ipynb #7c36ae95
-import math, time
+import math
 from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..engine import launch
-from ..engine.parameters import (
-    ParameterError, check_choice, check_positive, check_whole)
-from ..engine.streams import stream
-from ..worlds.latents import prefetch
+from ..engine.parameters import ParameterError
 
 # %% ../../nbs/parts/02e_paths.ipynb #2fb9dce3
 def flow_path(
@@ -61,14 +57,13 @@ def sample_time(
     generator:torch.Generator=None, # source of randomness
 )->Tensor: # float32 [n] in [0, shifted T_MAX]
     "Times of a training batch: truncated to [0, 0.999], then shifted"
-    n, _ = check_whole(0, n=n), check_positive(shift=shift)
-    check_choice(('logit-normal', 'uniform'), time=time)
     device = generator.device if generator else 'cpu'
     u = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
     if time == 'uniform': t = T_MAX*u
-    else:
+    elif time == 'logit-normal':
         below = torch.special.ndtr(u.new_tensor(T_MAX).logit()) # probability of t < T_MAX
         t = torch.special.ndtri(u*below).sigmoid()
+    else: raise ParameterError(f"time={time!r}: accepted is one of logit-normal, uniform")
     return time_shift(t, shift).float()
 
 # %% ../../nbs/parts/02e_paths.ipynb #0b5e19f6
@@ -104,7 +99,6 @@ def time_grid(
     shift:float=1., # time shift
 )->Tensor: # float32, falling, [steps], or [1, 0] for one step
     "The official sampling times: 1 - linspace(0, 0.999, steps), shifted"
-    steps, _ = check_whole(1, steps=steps), check_positive(shift=shift)
     if steps == 1: return torch.tensor([1., 0.])
     return time_shift(1 - torch.linspace(0, T_MAX, steps), shift)
 
@@ -138,36 +132,3 @@ def sample_heun(
     return x
 
 SAMPLERS = dict(euler=sample_euler, heun=sample_heun)
-
-# %% ../../nbs/parts/02e_paths.ipynb #252c1ab4
-class StepDraws:
-    "Batches and random numbers named by the step, for this process; batches are read ahead"
-    def __init__(self,
-        draw:Callable, # (n, generator) -> latents and labels
-        n:int, # latents of a batch that are this process's
-        steps:int, # of the run
-        seed:int, # of the run
-        readers:int, # threads
-    ):
-        self.draw, self.n, self.steps, self.seed, self.readers = draw, n, steps, seed, readers
-        self.ahead, self.waited = None, 0.
-
-    def stream(self, what:str, step:int)->torch.Generator: # on the CPU
-        "This process's stream of a step"
-        return stream(self.seed, what, step, launch.rank())
-
-    def batch(self, step:int)->tuple: # latents, labels
-        "The batch of a step; steps are asked for in order"
-        begin = time.perf_counter()
-        if self.ahead is None:
-            def prepare(s): return self.draw(self.n, self.stream('teacher batch', s))
-            self.ahead = prefetch(prepare, range(step, self.steps), readers=self.readers)
-        x, y = next(self.ahead)
-        self.waited = launch.all_max(time.perf_counter() - begin)
-        return x, y
-
-    def generator(self, step:int, device)->torch.Generator: # on the device
-        "The source of the times and the noise of a step"
-        g = self.stream('teacher noise', step)
-        if torch.device(device).type == 'cpu': return g
-        return torch.Generator(device).manual_seed(g.initial_seed())

@@ -12,8 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..engine.parameters import check_tensor
-from ..metrics.distances import squared_norm
+from ..engine.distances import squared_norm
 
 # %% ../../nbs/parts/03b_weights.ipynb #7ea62cb9
 def _finite(x):
@@ -173,7 +172,9 @@ def check_samples(
 ):
     "A clear message (ValueError) for samples, weights or sizes that do not fit together"
     for name, x in (('gen', gen), ('pos', pos), ('neg', neg)):
-        check_tensor(x, 'B samples D', name, finite=True)
+        if x.ndim != 3 or not x.is_floating_point():
+            raise ValueError(f'{name} is {x.dtype} {list(x.shape)}: accepted are '
+                             'floating-point tensors [B, samples, D]')
         if (len(x), x.shape[2]) != (len(gen), gen.shape[2]):
             raise ValueError(f'{name} is {list(x.shape)} and gen {list(gen.shape)}: '
                              'B and D must agree')

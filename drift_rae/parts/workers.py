@@ -6,11 +6,10 @@
 __all__ = ['PRELOAD', 'physical_cores', 'processes_for', 'may_start_workers', 'prepare_workers', 'start_method', 'share_work']
 
 # %% ../../nbs/parts/05e_workers.ipynb #202bfa36
-import atexit, multiprocessing, os, pickle, sys
+import multiprocessing, os, pickle, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable
-from ..engine.parameters import check_whole
 
 # %% ../../nbs/parts/05e_workers.ipynb #a5df213f
 _CPUS, _QUOTA = '/sys/devices/system/cpu', '/sys/fs/cgroup/cpu.max'
@@ -75,14 +74,6 @@ def prepare_workers():
     forkserver.ensure_running()
     _prepared.append(True)
 
-# %% ../../nbs/parts/05e_workers.ipynb #8bbc3a05
-def _leave_at_once():
-    "Let this process, if it is a fork server, end without taking down its modules"
-    if any('multiprocessing.forkserver' in word for word in sys.orig_argv):
-        atexit.register(os._exit, 0)
-
-_leave_at_once() # the fork server imports this module
-
 # %% ../../nbs/parts/05e_workers.ipynb #a6247819
 def start_method()->str: # as multiprocessing calls it
     "How this process starts others: 'forkserver' once the workers are prepared, else 'spawn'"
@@ -107,7 +98,7 @@ def share_work(
     processes:int=1, # number of processes
 )->list: # the results, in order
     "`[function(item) for item in items]`, over several processes"
-    if check_whole(1, processes=processes) == 1: return [function(item) for item in items]
+    if processes == 1: return [function(item) for item in items]
     context = multiprocessing.get_context(start_method())
     work = [pickle.dumps((function, item)) for item in items]
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..engine.parameters import check_choice, check_real, check_tensor, check_whole
+from ..engine.parameters import ParameterError
 from ..engine.streams import stream
 
 # %% ../../nbs/worlds/01a_data.ipynb #505e1410
@@ -20,7 +20,8 @@ def digits(
     "scikit-learn's handwritten digits (bundled), stratified split, the same for every seed"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    check_choice(('train', 'test'), split=split)
+    if split not in ('train', 'test'):
+        raise ParameterError(f"split={split!r}: accepted is train or test")
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=500, stratify=labels, random_state=0)
     x, y = (parts[0], parts[2]) if split == 'train' else (parts[1], parts[3])
@@ -35,8 +36,7 @@ def deform(
     strength:float=1., # 1 = up to 10 degrees, 10 % scale, 10 % shear, 6 % shift
 )->Tensor: # [N, 3, H, W] in [0, 1]
     "A random small affine map for each image"
-    check_tensor(images, 'N C H W', 'images')
-    n, strength = len(images), check_real(0, strength=strength)
+    n = len(images)
     def u(): return (2*torch.rand(n, generator=generator) - 1)*strength
     angle, scale_x, scale_y, shear = u()*math.pi/18, 1 + .1*u(), 1 + .1*u(), .1*u()
     cos, sin = angle.cos(), angle.sin()
@@ -50,17 +50,15 @@ def training_digits(
     copies:int=7, # deformed copies of each training image besides itself
 )->tuple: # images float32 [(1+copies)*1297, 3, 16, 16], labels int64
     "The miniature's training set: the digits and their fixed deformations; always the same images"
-    copies = check_whole(0, copies=copies)
     x, y = digits('train')
     moved = [deform(x, stream(0, 'copies', i)) for i in range(copies)]
     return torch.cat([x, *moved]), y.repeat(1+copies)
 
 # %% ../../nbs/worlds/01a_data.ipynb #a987fd0f
-def _draw(ax, image, ink=True):
+def _draw(ax, image):
     "One image [3, H, W] without axes; a grey one as ink on paper"
     red, green, blue = image
     grey = bool((red == green).all() and (red == blue).all()) or image.shape[-1] <= 32
-    grey = grey and ink
     pixels = image.mean(0) if grey else image.permute(1, 2, 0)
     ax.imshow(pixels, cmap='gray_r' if grey else None, vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
@@ -70,13 +68,12 @@ def show_images(
     rows:list, # of images [n, 3, H, W] in [0, 1], the same n in each
     titles:list, # one for each row
     scale:float=.7, # inches per image
-    ink:bool=True, # grey and small images as ink on paper; False: all images as they are
 ): # matplotlib figure
     "Draw rows of images with a title at the left of each; grey images as ink on paper"
     import matplotlib.pyplot as plt
     size = (scale*len(rows[0]), scale*len(rows)+.3)
     fig, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
     for axs, row, title in zip(axes, rows, titles):
-        for ax, image in zip(axs, row): _draw(ax, image, ink)
+        for ax, image in zip(axs, row): _draw(ax, image)
         axs[0].set_ylabel(title, rotation=0, ha='right', va='center')
     return fig

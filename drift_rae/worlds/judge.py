@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..engine.parameters import ParameterError, check_images, check_tensor
+from ..engine.parameters import ParameterError
 from ..engine.files import hash_weights, load_weights, weights_path
 from ..engine.streams import stream
 from ..engine.training import fit
@@ -42,8 +42,9 @@ class Judge(nn.Module):
 
     def pooled(self, images:Tensor)->Tensor:
         "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1], else ValueError"
-        check_tensor(images, 'N 3 16 16', 'images')
-        check_images(images)
+        if images.ndim != 4 or images.shape[1:] != (3, 16, 16):
+            raise ValueError(f'images have shape {tuple(images.shape)}: '
+                             f'the judge of the miniature expects [N, 3, 16, 16]')
         return self.body(images.mean(1, keepdim=True)).mean((2, 3))
 
     def features(self, images:Tensor)->Tensor:
@@ -57,11 +58,6 @@ class Judge(nn.Module):
     def predict(self, images:Tensor)->Tensor:
         "Class index [N], int64, of images [N, 3, 16, 16] in [0, 1]"
         return self(images).argmax(1)
-
-    def features_and_classes(self, images:Tensor)->tuple:
-        "What `features` and `predict` give, computed together"
-        pooled = self.pooled(images)
-        return pooled/self.scale, self.head(pooled).argmax(1)
 
 # %% ../../nbs/worlds/02b_judge.ipynb #34ffe3ae
 def train_judge(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LatentStore', 'sort_by_class', 'save_latents', 'describe_encoder', 'read_manifest', 'open_latents', 'prefetch',
-           'latent_store', 'describe_store', 'DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents',
-           'finish_latents', 'from_file', 'shard_record', 'to_file', 'write_shard']
+           'latent_store', 'describe_store', 'DTYPES', 'Shards', 'begin_latents', 'finish_latents', 'from_file',
+           'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #1e50e158
 import hashlib, inspect, json, math, shutil, warnings
@@ -18,16 +18,15 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..autoencoder import RAE
-from ..engine.parameters import (
-    ParameterError, as_path, check_output, check_whole, read_json)
+from ..engine.parameters import ParameterError
 from ..engine.files import hash_weights
-from ..engine.streams import check_labels, stream
+from ..engine.streams import stream
 from .data import training_digits
 from .shards import (
-    DTYPES, STORED, Shards, begin_latents, check_dtype, check_manifest, contradictions, digest_json,
-    finish_latents, from_file, record_bytes, shard_record, to_file, write_shard)
-_all_ = ['DTYPES', 'STORED', 'record_bytes', 'Shards', 'begin_latents', 'finish_latents', 
-    'from_file', 'shard_record', 'to_file', 'write_shard']
+    DTYPES, Shards, begin_latents, check_dtype, contradictions, digest_json, finish_latents,
+    from_file, shard_record, to_file, write_shard)
+_all_ = ['DTYPES', 'Shards', 'begin_latents', 'finish_latents', 'from_file',
+    'shard_record', 'to_file', 'write_shard']
 
 # %% ../../nbs/worlds/02d_latents.ipynb #ea198bba
 class LatentStore:
@@ -38,14 +37,13 @@ class LatentStore:
         dtype:torch.dtype=torch.float32, # of what is drawn; None = as it is stored
         manifest:dict=None, # of a store on disk: what made it
     ):
-        if not hasattr(latents, 'shape'):
-            raise ParameterError(f'latents={latents!r}: accepted is a tensor, an array or Shards')
-        self.latents, self.counts = latents, [check_whole(0, count=c) for c in counts]
+        self.latents, self.counts = latents, [int(c) for c in counts]
         self.dtype, self.manifest = dtype, manifest or {}
         if sum(self.counts) != len(latents): raise ParameterError('the counts per class add up to '
             f'{sum(self.counts)}, but there are {len(latents)} latents')
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.num_classes, self.latent_shape = len(self.counts), tuple(latents.shape[1:])
+
     def __len__(self): return len(self.latents)
 
 # %% ../../nbs/worlds/02d_latents.ipynb #4f74be43
@@ -54,7 +52,7 @@ def rows(self:LatentStore,
     index:Tensor, # row numbers, int64 [n]
 )->Tensor: # [n, C, h, w], of the store's dtype
     "Latents by row number, in the order asked for"
-    x, index = self.latents, check_labels(index, len(self), name='rows').cpu()
+    x = self.latents
     if hasattr(x, 'read'): return x.read(index, self.dtype)
     x = torch.from_numpy(x[index.numpy()]) if isinstance(x, np.ndarray) else x[index]
     return x.to(self.dtype or x.dtype)
@@ -65,7 +63,6 @@ def of_class(self:LatentStore,
     label:int, # of a class that may be empty
 )->Tensor: # [counts[label], C, h, w]
     "All latents of one class"
-    label = check_whole(0, self.num_classes-1, label=label)
     return self.rows(torch.arange(self.starts[label], self.starts[label+1]))
 
 # %% ../../nbs/worlds/02d_latents.ipynb #e4272c3a
@@ -76,7 +73,8 @@ def draw(self:LatentStore,
     generator:torch.Generator, # decides which
 )->Tensor: # [n, C, h, w]
     "n different latents of one class; a `ParameterError` if there are not so many or no such class"
-    label, n = check_whole(0, self.num_classes-1, label=label), check_whole(0, n=n)
+    if not 0 <= label < self.num_classes:
+        raise ParameterError(f'class {label}: this store has classes 0 to {self.num_classes-1}')
     count = self.counts[label]
     if n > count: raise ParameterError(f'{n} positives of class {label} were asked for, '
         f'the store has {count}: ask for fewer')
@@ -112,7 +110,6 @@ def sort_by_class(
     num_classes:int, # classes may be empty
 )->LatentStore: # in memory
     "Make a store from latents in any order"
-    labels = check_labels(labels, num_classes, n=len(latents))
     order = torch.argsort(labels, stable=True)
     return LatentStore(latents[order], torch.bincount(labels, minlength=num_classes).tolist())
 
@@ -127,18 +124,16 @@ def save_latents(
     store:LatentStore, # to be written
     folder:str|Path, # receives shards and manifest.json; an older store is replaced
     made_by:dict, # provenance: encoder, statistics, data set
-    dtype:str='float16', # of the files, see STORED
+    dtype:str='float16', # of the files, see DTYPES
     shard_bytes:int=2**30, # size of a shard, about
 ):
     "Write a latent store as a folder; the manifest comes last, so that a folder with one is whole"
-    if not isinstance(store, LatentStore): raise ParameterError(f'{store!r}: accepted is a store')
     folder, on_disk = Path(folder), isinstance(store.latents, Shards)
     if on_disk and store.latents.folder.resolve() == folder.resolve():
         raise ParameterError(f'latents {str(folder)!r}: a store cannot be written over itself')
     check_dtype(dtype)
-    folder, _ = check_output(folder, folder=True), check_whole(1, shard_bytes=shard_bytes)
     _remove_store(folder)
-    each = max(1, shard_bytes//record_bytes(dtype, store.latent_shape))
+    each = max(1, shard_bytes//(np.dtype(DTYPES[dtype][0]).itemsize*math.prod(store.latent_shape)))
     shards = -(-len(store)//each)
     plan = begin_latents(folder, shards, store.latent_shape, store.num_classes, dtype, made_by)
     labels = np.repeat(np.arange(store.num_classes), store.counts)
@@ -203,17 +198,16 @@ def read_manifest(
     folder:str|Path, # of a store
 )->dict: # with a table of shards
     "The manifest of a store; a `ParameterError` if it is missing, unfinished, damaged or altered"
-    folder = as_path(folder, 'latents')
+    folder = Path(folder)
     _require_finished(folder)
     try:
-        manifest = read_json(folder/'manifest.json', 'the manifest of a latent store')
+        manifest = json.loads((folder/'manifest.json').read_text())
         unsigned = {k: v for k, v in manifest.items() if k != 'sha256'}
         if manifest.get('format') == 2 and manifest['sha256'] != digest_json(unsigned):
             raise ParameterError(f'latents {str(folder)!r}: '
                 'manifest.json was altered after it was written')
         if 'shards' not in manifest: manifest['shards'] = _one_file(folder, manifest)
-        check_dtype(manifest['dtype'])
-        check_manifest(manifest)
+        manifest['shape'], manifest['counts'], DTYPES[manifest['dtype']] # all must be there
     except ParameterError: raise
     except (OSError, ValueError, KeyError, TypeError) as e:
         what = f'{type(e).__name__} {e}'
@@ -267,14 +261,13 @@ def prefetch(
     steps, # iterable of what prepare takes
     ahead:int=1, # how many are prepared while the caller computes; each is held in memory
     pin:bool=None, # into page-locked memory, for faster copies; None = if there is a GPU
-    readers:int=1, # threads; each prepares another step
 ): # iterator over prepare(step), in order
-    "Prepare the next steps' samples in threads; their errors are raised in their place"
+    "Prepare the next steps' samples in one thread; its errors are raised in their place"
     pin = torch.cuda.is_available() if pin is None else pin
     def work(step): return _pinned(prepare(step)) if pin else prepare(step)
-    pool, steps = ThreadPoolExecutor(readers, thread_name_prefix='prefetch'), iter(steps)
+    pool, steps = ThreadPoolExecutor(1, thread_name_prefix='prefetch'), iter(steps)
     try:
-        waiting = deque(pool.submit(work, s) for s in islice(steps, ahead + readers))
+        waiting = deque(pool.submit(work, s) for s in islice(steps, ahead + 1))
         while waiting:
             samples = waiting.popleft().result()
             yield samples

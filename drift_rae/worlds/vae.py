@@ -12,7 +12,6 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..networks.vit import DECODERS, ENCODERS, Encoder, RAEDecoder
 from ..engine.files import fill, load_weights, weights_path
-from ..engine.parameters import check_images, check_tensor
 from ..engine.streams import stream
 from ..engine.training import fit
 
@@ -42,7 +41,7 @@ def posterior(self:VAE,
     images:Tensor, # [N, 3, H, W] in [0, 1]
 )->tuple: # mean, log-variance [N, C, h, w]
     "The Gaussian of the latents of each image, before the scale"
-    mean, log_var = self.moments(self.encoder(check_images(images))).chunk(2, dim=1)
+    mean, log_var = self.moments(self.encoder(images)).chunk(2, dim=1)
     return mean, log_var.clamp(-20, 10)
 
 # %% ../../nbs/worlds/02a_vae.ipynb #88db1b21
@@ -64,7 +63,7 @@ def decode(self:VAE,
     clamp:bool=True, # to [0, 1]; training does without
 )->Tensor: # [N, 3, H, W]
     "Images of latents"
-    patches = self.decoder(check_tensor(latents, 'N C h w', 'latents')/self.scale)
+    patches = self.decoder(latents/self.scale)
     images = self.decoder.unpatchify(patches)*self.decoder.std + self.decoder.mean
     return images.clamp(0, 1) if clamp else images
 
