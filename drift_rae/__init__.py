@@ -54,6 +54,8 @@ def _say_what_to_run():
     name = _to_run(sys.argv, sys.orig_argv)
     message = _instead(name) if name else ''
     if not message: return
+    from textwrap import fill # only here: importing the package stays light
+    message = '\n'.join(fill(line, 100) for line in message.splitlines())
     asked = {'-h', '--help'} & set(sys.argv)
     print(message, file=sys.stdout if asked else sys.stderr)
     raise SystemExit(0 if asked else 2)
