@@ -158,7 +158,7 @@ def scratch_commands(
 # %% ../../nbs/imagenet/07_commands.ipynb #63cd9470
 _C = (256, 64, 192) # numbers of samples of configuration C
 BEYOND = tuple(Row('beyond the paper', n, _C, c) for n, c in (
-    ('label dropout', 'label_dropout=.03'), ('guidance as a condition', 'strength=2. n_uncond=32'),
+    ('label dropout', 'label_dropout=.03'), ('guidance as a condition', 'strength=4. n_uncond=32'),
     ('an earlier average', 'snapshot=5000'), ('a smaller student', ''),
     ('two steps', 'times=(1.,.5)'), ('four steps', 'times=(1.,.75,.5,.25)')))
 
@@ -191,7 +191,7 @@ GUIDED = ( # row, folder of the run, strength, weak side
     ('weights, earlier average', _EARLIER, .05, f'weights:{_EARLIER}/earlier'),
     ('weights, teacher', 'runs/xl_3_c', .025, 'weights:stage2_model.pt'),
     ('label dropout', _OWN + 'label_dropout', .075, 'null'),
-    ('guidance as a condition', _OWN + 'guidance_as_a_condition', .5, 'condition'),
+    ('guidance as a condition', _OWN + 'guidance_as_a_condition', 1., 'condition'),
     ('two steps', _OWN + 'two_steps', 0, ''), ('four steps', _OWN + 'four_steps', 0, ''))
 
 # %% ../../nbs/imagenet/07_commands.ipynb #0b550684
