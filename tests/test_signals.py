@@ -14,12 +14,16 @@ WAYS = {
     'papermill two': [sys.executable, '-m', 'papermill', '--no-progress-bar', str(ROOT/'nbs/06_distill.ipynb'), 'out.ipynb', '-p', 'nproc', '2'],
 }
 
+def heed():
+    "In the new program: signals as at a terminal, also if the tests themselves run in the background or under nohup"
+    for name in (signal.SIGINT, signal.SIGHUP): signal.signal(name, signal.SIG_DFL)
+
 def begin(way, folder):
     "Start a run that only a signal ends; returns it and all its processes once it has made steps"
     option = (lambda k: ['-p', k]) if 'papermill' in way else (lambda k: [f'--{k}'])
     command = [*WAYS[way], *(w for k, v in dict(SMALL, out=folder/'run').items() for w in [*option(k), str(v)])]
     environment = {**{k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}, 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=open(folder/'said.txt', 'w'), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=open(folder/'said.txt', 'w'), stderr=subprocess.STDOUT, preexec_fn=heed)
     log, deadline = folder/'run/log.csv', time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and log.read_text().count('\n') > 3: break
