@@ -52,6 +52,12 @@ def test_every_notebook_that_checks_parameters_has_the_tag():
         work_between = [source(c) for c in cells[tagged[0]+1:first_check] if not imports_only(source(c))]
         assert not work_between, f'{path.name}: {work_between}'
 
+def test_a_notebook_with_parameters_runs_from_any_folder():
+    "nbdev_export, with which other notebooks end, works within a checkout only"
+    tagged = [p for p in NOTEBOOKS if any('parameters' in c['metadata'].get('tags', []) for c in code_cells(p))]
+    assert len(tagged) > 15
+    assert not [p.name for p in tagged if any('nbdev_export()' in source(c) for c in code_cells(p))]
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_executed_small_and_free_of_machine_paths(path):
     raw = path.read_text()
