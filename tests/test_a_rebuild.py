@@ -13,7 +13,7 @@ from drift_rae.metrics.frechet import frechet_distance
 from drift_rae.flow import FlowConfig, load_teacher, sample
 from drift_rae.worlds.judge import load_judge
 from drift_rae.worlds.vae import load_vae
-from test_run import ROOT, papermill
+from programs import ROOT, papermill
 
 WEIGHTS = ROOT/'drift_rae/weights/tiny'
 

@@ -1,5 +1,5 @@
 "The tables: cached results and their recipes, what counts as missing, the statistics, and the commands for ImageNet"
-import json, math, os, shlex, subprocess, sys
+import json, math, shlex
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
@@ -7,6 +7,7 @@ from drift_rae.parts.bench import CHECK, recipe, recipe_hash, result_path, short
 from drift_rae.ablations import ROWS, main, missing, stored
 from drift_rae.metrics.verdicts import Claim, decide, detectable, holm, verdicts
 from drift_rae.imagenet.commands import GUIDED, command, commands, evaluations, meant, parse
+import programs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'/'ablations'
@@ -160,8 +161,7 @@ def test_papermill_runs_a_command_dry(tmp_path):
     row = next(r for r in ROWS if (r.table, r.name) == ('5', 'neither'))
     text = command(row).text.replace('-p model xl', '-p model tiny').split(' -p nproc')[0]
     words = shlex.split(text.replace('nbs/06_distill.ipynb', str(ROOT/'nbs/06_distill.ipynb')))
-    environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run([sys.executable, '-m', *words, '-p', 'dry_run', '1', '--no-progress-bar'], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = programs.run([*words[1:], '-p', 'dry_run', '1', '--no-progress-bar'], tmp_path, programs.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     made = (tmp_path/words[2]).read_text()
     assert 'dry run: 600 steps of 4 classes x (32 + 0) generated and 32 real samples are ready to start' in made

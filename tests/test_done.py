@@ -1,5 +1,5 @@
 "A finished run stays finished: nothing is made again, nothing is lost, more steps go on where that is possible"
-import hashlib, json, os, subprocess, sys
+import hashlib, json, subprocess, sys
 from pathlib import Path
 import pytest
 from drift_rae.distill import main, start
@@ -7,8 +7,8 @@ from drift_rae.engine.files import RunFolder
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.imagenet.stage1 import start_stage1
 from drift_rae.imagenet.stage2 import start_flow
+from programs import environment, papermill
 
-ROOT = Path(__file__).parents[1]
 SMALL = dict(n_class=2, n_pos=8, n_neg=4, n_extra_neg=4, steps=4, nproc=1)
 CONSTANT = dict(SMALL, changes='lr=(1e-5,1e-5)')
 
@@ -93,28 +93,24 @@ def test_the_end_of_a_teachers_training_is_made_again(lost, tmp_path):
 def test_torchrun_on_a_finished_run(finished):
     "As a requeued job: exit 0, nothing changes, a message"
     before = content(finished)
-    environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
     given = [w for k, v in dict(SMALL, nproc=0, monitor_every=2, out=finished).items() for w in (f'--{k}', str(v)) if k != 'nproc']
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'drift_rae.distill', *given],
-                          env=environment, capture_output=True, text=True)
+                          env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('nothing is made again') == 1 and content(finished) == before
 
 def test_papermill_shows_a_finished_run_again(tmp_path):
-    environment = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(ROOT)}
-    given = [w for k, v in dict(SMALL, samples=8, n_pos=32, monitor_every=2).items() for w in ('-p', k, str(v))]
-    def papermill(name):
-        done = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', str(ROOT/'nbs/06_distill.ipynb'), name, *given],
-                              cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def shown(name):
+        done = papermill('06_distill', tmp_path, name, **SMALL | dict(samples=8, n_pos=32, monitor_every=2))
         assert done.returncode == 0, done.stderr[-3000:]
         return (tmp_path/name).read_text()
-    papermill('first.ipynb')
+    shown('first.ipynb')
     before = content(tmp_path/'runs/tiny')
-    again = papermill('again.ipynb')
+    again = shown('again.ipynb')
     assert content(tmp_path/'runs/tiny') == before
     assert 'nothing is made again' in again and 'student, 1' in again and again.count('image/png') >= 3
     done = json.loads((tmp_path/'runs/tiny/done.json').read_text())
     assert done['metrics']['fd'] and set(done['files']) == {'generator.json', 'generator.safetensors', 'results.json', 'samples.png'}
     (tmp_path/'runs/tiny/samples.png').unlink() # as after a kill before the end of the evaluation
-    papermill('third.ipynb')
+    shown('third.ipynb')
     assert (tmp_path/'runs/tiny/samples.png').exists()

@@ -1,8 +1,9 @@
 "nbs/07_evaluate.ipynb as a program: the ImageNet path on a generated folder with random extractors, and refusals"
-import json, os, subprocess, sys
+import json
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+import programs
 
 ROOT = Path(__file__).parent.parent
 MISSING = dict(TORCH_HOME='/nonexistent')
@@ -10,10 +11,8 @@ MISSING = dict(TORCH_HOME='/nonexistent')
 
 def papermill(notebook, env=None, **parameters):
     "Run the notebook; returns (exit code, what it said, output notebook)"
-    args = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
-    p = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', 'nbs/07_evaluate.ipynb', str(notebook), *args], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ, PYTHONPATH=str(ROOT), MPLBACKEND='agg', **(env or {})))
-    return p.returncode, p.stdout, json.loads(Path(notebook).read_text()) if Path(notebook).is_file() else None
+    p = programs.papermill('07_evaluate', ROOT, notebook, dict(MPLBACKEND='agg', **(env or {})), **parameters)
+    return p.returncode, p.stdout + p.stderr, json.loads(Path(notebook).read_text()) if Path(notebook).is_file() else None
 
 
 @pytest.fixture(scope='module')

@@ -165,7 +165,7 @@ from drift_rae.engine.streams import stream
 from drift_rae.worlds.curvature import middle_trajectories
 from drift_rae.worlds.measure import STATISTICS, geometry_table, measure_store
 from drift_rae.worlds.latents import save_latents, sort_by_class
-from test_run import ROOT, papermill
+from programs import ROOT, papermill
 
 def small_store(folder, scale=1., counts=(7, 5, 9), shape=(8, 4, 4)):
     "A latent store on disk and what it holds"
@@ -216,7 +216,7 @@ before = kilobytes('VmRSS')
 _measure_rank(0, store=sys.argv[1], folder=Path(sys.argv[2]), todo=list(range(int(sys.argv[5]))), world=1, device='cpu') # without the records that measure_store returns
 print(kilobytes('VmHWM') - before)
 '''
-    from test_run import environment
+    from programs import environment
     # what is freed goes back to the system at once, so that the peak is what was held and not how the allocator keeps it
     peak, plain = [], {**environment(), 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'}
     small_store(tmp_path/'first', counts=(60,), shape=(64, 16, 16))

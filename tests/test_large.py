@@ -1,13 +1,11 @@
 "A run of another model than the miniature by papermill: no examples, few lines, an evaluation shared by the processes; small networks in place of large ones"
-import json, os, subprocess, sys
-from pathlib import Path
+import json
 import pytest, torch
 from drift_rae.engine import launch
 from drift_rae.parts.ingredients import load_parts
 from drift_rae.worlds.evaluation import evaluate_run
 from drift_rae.worlds.latents import save_latents
-
-ROOT = Path(__file__).parents[1]
+from programs import papermill
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
@@ -16,9 +14,7 @@ def large(tmp_path_factory):
     save_latents(load_parts()[0], folder/'latents', dict(made='here'), 'int8')
     given = dict(model='s', latents=folder/'latents', teacher='tiny', autoencoder='tiny', out=folder/'run', steps=120, n_class=2, n_pos=8, n_neg=2,
                  n_extra_neg=2, monitor_every=60, samples=6, nproc=1, changes='monitor_samples=40 at_once=1 readers=3 precision=float32')
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(ROOT/'nbs/06_distill.ipynb'), str(folder/'out.ipynb'), *(w for k, v in given.items() for w in ('-p', k, str(v)))]
-    environment = {**{k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = papermill('06_distill', folder, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

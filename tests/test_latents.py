@@ -18,7 +18,8 @@ from drift_rae.imagenet.folders import (
     ClassFolder, UnreadableImage, center_crop, digits_folder, encode_folder, unreadable_images)
 from drift_rae.worlds.latents import (
     DTYPES, LatentStore, open_latents, prefetch, save_latents, sort_by_class)
-from test_run import ROOT, papermill, tagged
+from programs import ROOT, papermill
+from test_run import tagged
 
 SIZE = 32
 SETTINGS = dict(shard_images=10, batch=4, size=SIZE)

@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
-from test_run import environment
+from programs import ROOT, environment, run
 import launched
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.launch import Interrupted, LaunchError, launch
@@ -106,9 +106,7 @@ def notebook(path, *sources):
 
 def test_a_notebook_shows_rank_0_and_fails_with_rank_1(tmp_path):
     notebook(tmp_path/'in.ipynb', 'import launched\nfrom drift_rae.engine.launch import launch', "launch(launched.fail, 'raise', nproc=2)", "print('not reached')")
-    env = {k: v for k, v in environment().items() if k != 'PYTEST_CURRENT_TEST'} # where it is set, ipykernel does not look at what other processes print
-    env = {**env, 'PYTHONPATH': os.pathsep.join([env['PYTHONPATH'], str(HERE)])}
-    done = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', 'in.ipynb', 'out.ipynb'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = run(['--no-progress-bar', 'in.ipynb', 'out.ipynb'], tmp_path, environment(PYTHONPATH=f'{ROOT}{os.pathsep}{HERE}'))
     assert done.returncode == 1
     assert 'LaunchError: FloatingPointError: step 7: the loss is nan (rank 1 of 2)' in done.stderr, "the failing rank's own words, not its peer's lost connection"
     assert "raise FloatingPointError('step 7" in done.stderr
