@@ -8,7 +8,12 @@ import pytest
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes of computation, run only with -m slow')
 
+# the longest first, so that no worker is left alone with one of them at the end
+LONGEST = ['test_a_rebuild', 'test_signals', 'test_scale', 'test_run', 'test_done', 'test_geometry', 'test_browser', 'test_site', 'test_own']
+
 def pytest_collection_modifyitems(config, items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST))) # stable: the others stay in their order
     if config.option.markexpr: return
     for item in items:
         if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='slow: run with -m slow'))
