@@ -138,16 +138,10 @@ def _with_gradients(model):
         p.grad = torch.zeros_like(p)
         yield p.grad
 
-# %% ../../nbs/networks/06_cost.ipynb #94dee2ad
-def forward_backward(
-    name:str, # tiny, s, b, l or xl
-    n:int, # images at the same time
-    gradient:bool=True, # else a forward pass alone
-    recompute:bool=False, # activation checkpointing
-    precision:str='bfloat16', # autocast, or float32
-    fake:bool=True, # tensors without content
-)->tuple: # bytes held between forward and backward, and at most; without weights and gradients
-    "Memory of one pass besides weights and gradients"
+# %% ../../nbs/networks/06_cost.ipynb #7607a007
+@functools.cache
+def _bytes_of_pass(name, n, gradient, recompute, precision, fake):
+    "What `forward_backward` returns"
     half = torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16')
     with FakeTensorMode() if fake else nullcontext():
         model = DiTDH(**preset(name)).eval()
@@ -159,6 +153,19 @@ def forward_backward(
             between = counted.held
             if gradient: v.backward(torch.ones_like(v))
     return between, counted.peak
+
+# %% ../../nbs/networks/06_cost.ipynb #94dee2ad
+def forward_backward(
+    name:str, # tiny, s, b, l or xl
+    n:int, # images at the same time
+    gradient:bool=True, # else a forward pass alone
+    recompute:bool=False, # activation checkpointing
+    precision:str='bfloat16', # autocast, or float32
+    fake:bool=True, # tensors without content
+)->tuple: # bytes held between forward and backward, and at most; without weights and gradients
+    "Memory of one pass besides weights and gradients; asked again, it is not counted again"
+    preset(name) # an unknown name is refused here
+    return _bytes_of_pass(name, n, gradient, recompute, precision, fake)
 
 # %% ../../nbs/networks/06_cost.ipynb #a1c2c685
 GiB = 2**30
