@@ -213,12 +213,13 @@ def verdict_table(
 ): # a Markdown table, and a paragraph with its notes
     "Claims with the paper's and the measured values and differences, p-values, power and verdict"
     notes = notes or {}
-    texts = list(dict.fromkeys(notes.values())) # each once
+    texts, letters = list(dict.fromkeys(notes.values())), 'abcdefgh' # each text once
     rows = [_verdict_row(v, values, digits) for v in found]
     for v, row in zip(found, rows):
-        if v.claim in notes: row[-1] += f' ({texts.index(notes[v.claim]) + 1})'
+        if v.claim in notes: row[-1] += f' ({letters[texts.index(notes[v.claim])]})'
     header = ['claim', 'paper', 'here', 'paper, difference', 'here, difference [95 %]', 'seeds',
         'adjusted p: holds / fails', 'found with 80 %', 'verdict']
     table = markdown_table(header, rows, caption)
-    if texts: table.data += '\n\nNotes: ' + '; '.join(f'({i}) {t}' for i, t in enumerate(texts, 1)) + '.'
+    below = '; '.join(f'({a}) {text}' for a, text in zip(letters, texts))
+    if texts: table.data += f'\n\nNotes: {below}.'
     return table
