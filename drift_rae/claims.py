@@ -201,5 +201,5 @@ def claims_table(
     def bars(text): return text.replace('|', '∣') # a cell has no vertical bar of its own
     rows = [[f'[{f.where}]({f.link})', bars(f.claim), f'**{f.word}**', bars(f.paper), bars(f.here),
         bars(f.reads)] for f in found]
-    header = ['where', 'claim', 'verdict', 'paper', 'here [95 %]', 'reads']
+    header = ['where', 'claim', 'verdict', 'paper', 'here [95 %]', 'note']
     return markdown_table(header, rows, caption)

@@ -268,6 +268,10 @@ def check_render(page, site):
 def check_front(page, site):
     if not page.front.get('title'): yield 'no title'
     if not page.front.get('description') and page.source != 'index.ipynb': yield 'no subtitle ("> ..." below the title)'
+    if (NBS/page.source).is_file():
+        first = as_text(json.loads((NBS/page.source).read_text())['cells'][0]['source'])
+        lost = [l for l in first.splitlines() if l.strip() and not l.startswith(('# ', '> '))]
+        if lost: yield f'nbdev leaves out what follows the subtitle in the first cell: {lost[0][:60]}'
 
 
 def check_directive(page, site):

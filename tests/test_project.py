@@ -85,3 +85,12 @@ def test_the_readme_is_what_the_index_says(tmp_path):
     done = run([sys.executable, str(ROOT/'.ci/readme'), str(tmp_path)], ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'README.md').read_text() == (ROOT/'README.md').read_text()
+
+def test_the_source_distribution_has_every_file(tmp_path):
+    "The list of files that setuptools makes of MANIFEST.in; the tests run from an unpacked distribution, too"
+    if not (ROOT/'.git').exists(): pytest.skip('not a checkout: there is nothing to compare with')
+    done = run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path)], ROOT)
+    assert done.returncode == 0, done.stderr
+    listed = set((tmp_path/'drift_rae.egg-info/SOURCES.txt').read_text().splitlines())
+    tracked = set(run(['git', 'ls-files'], ROOT).stdout.splitlines())
+    assert len(tracked) > 200 and not tracked - listed, sorted(tracked - listed)

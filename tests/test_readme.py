@@ -49,6 +49,23 @@ def test_the_second_tests_notebooks_and_the_rest_as_ci_does():
     assert any(w[0] == 'pip' and w[-1] == '.[dev]' for w in ci) and any('nbs/06_distill.ipynb' in w for w in ci)
 
 
+def test_the_commands_for_imagenet_name_parameters_that_exist():
+    import ast
+    import inspect
+    import json
+    from drift_rae.distill import start
+    lines = [shlex.split(l) for b in blocks() for l in b if l.startswith(('papermill', 'torchrun'))]
+    assert [l[0] for l in lines] == ['papermill']*3 + ['torchrun']
+    for line in lines:
+        if line[0] == 'torchrun':
+            given, known = {w[2:] for w in line[line.index('drift_rae.distill'):] if w.startswith('--')}, set(inspect.signature(start).parameters)
+        else:
+            cell, = [c for c in json.loads((ROOT/line[1]).read_text())['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+            known = {n.targets[0].id for n in ast.parse(''.join(cell['source'])).body}
+            given = {line[i+1] for i, w in enumerate(line) if w == '-p'}
+        assert given and given <= known, (line, given - known)
+
+
 def test_no_line_of_a_command_is_cut():
     for block in re.findall(r'(?ms)^```sh\n(.*?)^```', README):
         for line in block.splitlines(): assert len(line) <= 75, line

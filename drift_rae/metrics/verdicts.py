@@ -207,13 +207,19 @@ def _verdict_row(v, values, digits):
 def verdict_table(
     found:list, # of Verdict
     values:dict, # name of a row -> (paper's value or None, mean measured value)
-    reads:dict=None, # Claim -> how its verdict has to be read
+    notes:dict=None, # Claim -> a note on its verdict, shown below the table
     caption:str='', # text below the table
     digits:int=1, # of percentages, after the point
-): # a Markdown table
+): # a Markdown table, and a paragraph with its notes
     "Claims with the paper's and the measured values and differences, p-values, power and verdict"
-    reads = reads or {}
-    rows = [_verdict_row(v, values, digits) + [reads.get(v.claim, '')]*bool(reads) for v in found]
+    notes = notes or {}
+    texts, letters = list(dict.fromkeys(notes.values())), 'abcdefgh' # each text once
+    rows = [_verdict_row(v, values, digits) for v in found]
+    for v, row in zip(found, rows):
+        if v.claim in notes: row[-1] += f' ({letters[texts.index(notes[v.claim])]})'
     header = ['claim', 'paper', 'here', 'paper, difference', 'here, difference [95 %]', 'seeds',
-        'adjusted p: holds / fails', 'found with 80 %', 'verdict'] + ['reads']*bool(reads)
-    return markdown_table(header, rows, caption)
+        'adjusted p: holds / fails', 'found with 80 %', 'verdict']
+    table = markdown_table(header, rows, caption)
+    below = '; '.join(f'({a}) {text}' for a, text in zip(letters, texts))
+    if texts: table.data += f'\n\nNotes: {below}.'
+    return table

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 # %% ../../nbs/networks/01_vit.ipynb #08468ab1
 def _transformer(arch, norm_eps, **options):
     "A vision transformer of timm without head, whose last LayerNorm has no affine parameters"
-    # a generator needs no encoder, and timm takes seconds; torch 2.8 fails to import it while a
-    # default device is set
-    with torch._C.DisableTorchFunction(): import timm
+    # a generator needs no encoder, and timm takes seconds; torch 2.8 cannot import it while the
+    # default device is meta
+    with torch.device('cpu'): import timm
     known = isinstance(arch, str) and ':' not in arch
     if not known or not timm.models.is_model_in_modules(arch, ['vision_transformer']):
         raise ParameterError(

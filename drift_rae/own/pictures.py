@@ -99,10 +99,13 @@ def check_pictures(
                              'about 100 are needed')
     print(f'{len(labels)} pictures of {len(counts)} classes, {min(counts)} to {max(counts)} a '
           'class', flush=True)
-    for name in list(errors)[:shown]: print(f'cannot be read: {errors[name][:80]}', flush=True)
+    for name in list(errors)[:shown]:
+        said = re.sub(r' <_io[^>]*>?', '', errors[name]) # an address says nothing
+        print(f'cannot be read: {said[:84]}', flush=True)
     if errors: print(f'{len(errors)} files cannot be read and are left out', flush=True)
     for name, n in list(few.items())[:shown]:
-        print(f'warning: class {name} has {n} pictures; from 100 on samples differ from them')
+        print(f'warning: class {name} has {n} pictures; with fewer than 100 the '
+              'samples may repeat them')
     return counts
 
 # %% ../../nbs/own/02_pictures.ipynb #10feab15

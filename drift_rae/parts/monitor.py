@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from ..engine.files import atomic, write_json
 from ..engine.parameters import ParameterError, check_real, check_whole
@@ -127,11 +127,15 @@ def _turns(self:Monitor, model, n):
 # %% ../../nbs/parts/05d_monitor.ipynb #5e406c98
 def _with_names(image, names, width):
     "The picture below a line of names, one for each column of that width in pixels"
+    from matplotlib import get_data_path # its font has more letters than PIL's own
     out = Image.new('RGB', (image.width, image.height + 14), 'white')
     out.paste(image, (0, 14))
     draw = ImageDraw.Draw(out)
+    font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf', 10)
     for i, name in enumerate(names[:image.width//width]):
-        draw.text((i*width + 2, 1), name[:width//7], fill='black')
+        short = [name, *(name[:n] + '…' for n in range(len(name)-1, -1, -1))]
+        fits = next(s for s in short if draw.textlength(s, font) < width-3 or s == '…')
+        draw.text((i*width + 2, 1), fits, fill='black', font=font)
     return out
 
 # %% ../../nbs/parts/05d_monitor.ipynb #866d5f10
