@@ -27,7 +27,7 @@ from .networks.features import build_encoder
 from drift_rae.networks.vit import (
     DECODERS, ENCODERS, Encoder, IMAGENET_MEAN, IMAGENET_STD, RAEDecoder, make_encoder,
     sincos_positions)
-from .engine.hub import check_target, hub_folder, is_repository
+from .networks.hub import check_target, hub_folder, is_repository
 from .networks.sdvae import open_sdvae
 from .sharing.pictures import to_images
 from fastcore.basics import patch

@@ -26,7 +26,7 @@ from .engine.streams import check_labels, check_seed, stream
 from .engine import launch, sharding
 from .networks.ditdh import DiTDH, preset
 from .networks.released import OFFICIAL_TEACHERS, official_teacher
-from .engine.hub import hub_folder, is_repository, read_checkpoint
+from .networks.hub import hub_folder, is_repository, read_checkpoint
 from .parts.paths import (
     SAMPLERS, T_MAX, StepDraws, default_shift, flow_draw, flow_loss, flow_path, flow_velocity,
     sample_euler, sample_heun, sample_time, time_grid, time_shift)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from ..autoencoder import RAE
 from ..engine.files import atomic, hash_weights
-from ..engine.hub import check_sha256
+from ..networks.hub import check_sha256
 from ..engine.parameters import (
     SMALLEST, ParameterError, check_choice, check_device, check_output, check_whole)
 from ..engine.progress import Progress

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from ..engine.parameters import ParameterError, as_path, check_choice, check_device
 from ..engine.files import fill, hash_weights, load_weights
-from ..engine.hub import check_first_use, check_sha256
+from ..networks.hub import check_first_use, check_sha256
 from ..engine.streams import stream
 
 # %% ../../nbs/metrics/04_extractors.ipynb #989027e8

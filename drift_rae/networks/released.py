@@ -21,7 +21,7 @@ from .vit import (
 from ..engine.files import atomic, fill
 from ..engine.parameters import (
     ParameterError, check_choice, check_file, check_tensor, shown)
-from ..engine.hub import check_sha256, fetch_file, is_repository, read_checkpoint
+from .hub import check_sha256, fetch_file, is_repository, read_checkpoint
 from .digests import (
     COLLECTION, ENCODER_REPOSITORIES, SHA256, digests_of, fetch_released)
 _all_ = ['COLLECTION', 'ENCODER_REPOSITORIES', 'SHA256', 'fetch_file']

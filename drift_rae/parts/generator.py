@@ -20,7 +20,7 @@ from ..engine.progress import Progress
 from ..engine.streams import check_labels, check_seed, stream
 from ..engine.files import fill, load_weights, save_weights, weights_path, write_json
 from ..flow import DiTDH
-from ..engine.hub import check_target, fetch_file, is_repository
+from ..networks.hub import check_target, fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from .extrapolation import (InWeights, check_extensions, extension_entries,
                                            guided_step, in_steps)

@@ -16,7 +16,7 @@ from ..autoencoder import RAE
 from ..engine.parameters import MODELS, ParameterError, check_choice, check_output
 from ..engine.files import write_json
 from ..flow import load_teacher
-from ..engine.hub import is_repository
+from ..networks.hub import is_repository
 from ..worlds.data import digits
 from ..worlds.latents import latent_store, read_manifest
 from .recipe import DistillConfig, fit_counts
