@@ -313,7 +313,7 @@ def check_processes(
     if nnodes < 1 or nproc > gpus > 0:
         raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this machine has {gpus} GPUs; '
                              'accepted is 0 (all of them) or fewer, on at least one node')
-    if nnodes > 1 and not re.fullmatch(r'.+:\d{1,5}', str(rdzv)):
+    if nnodes > 1 and not ((m := re.fullmatch(r'.+:(\d{1,5})', f'{rdzv}')) and 0 < int(m[1]) < 2**16):
         raise ParameterError(f'nnodes={nnodes}, rdzv={rdzv!r}: several machines meet at '
                              'host:port of one of them, such as node01:29400')
     return nproc or max(1, gpus)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'check_parameters', 'check_device', 'check_tensor', 'check_images', 'as_path', 'check_file', 'read_json',
-           'check_config', 'check_output', 'MODELS', 'SMALL', 'RESUME', 'LARGEST', 'ParameterError', 'PlaceError',
-           'shown', 'number', 'text', 'check_whole', 'check_real', 'check_positive', 'check_choice', 'several']
+           'check_config', 'check_output', 'check_outside', 'check_resume', 'MODELS', 'SMALL', 'RESUME', 'LARGEST',
+           'ParameterError', 'PlaceError', 'shown', 'number', 'text', 'check_whole', 'check_real', 'check_positive',
+           'check_choice', 'check_shape', 'several']
 
 # %% ../../nbs/engine/01_parameters.ipynb #e78f9438
 import json, math, os, tempfile
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 from .values import (
     LARGEST, MODELS, RESUME, SMALL, ParameterError, PlaceError, _complaint, check_choice,
-    check_positive, check_real, check_whole, number, several, shown, text)
+    check_positive, check_real, check_shape, check_whole, number, several, shown, text)
 
 # %% ../../nbs/engine/01_parameters.ipynb #80baca04
 _all_ = ['MODELS', 'SMALL', 'RESUME', 'LARGEST', 'ParameterError', 'PlaceError', 'shown',
          'number', 'text', 'check_whole', 'check_real', 'check_positive', 'check_choice',
-         'several'] # of the notebook before
+         'check_shape', 'several'] # of the notebook before
 
 # %% ../../nbs/engine/01_parameters.ipynb #7ba4baa9
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None)) # what papermill can set
@@ -207,3 +208,25 @@ def check_output(
     if not reason: return path
     raise PlaceError(f'{name}={str(path)!r}: nothing can be written there ({reason}); accepted '
                          f"is the path of a {'folder' if folder else 'file'}")
+
+# %% ../../nbs/engine/01_parameters.ipynb #531695fe
+def check_outside(
+    out, # where results are written
+    source, # folder that is read
+):
+    "`ParameterError` if results would be written into the folder that is read"
+    inner, outer = (as_path(p).expanduser().resolve() for p in (out, source))
+    if inner == outer or outer in inner.parents:
+        raise ParameterError(f'out={str(out)!r} is inside the folder of pictures {str(source)!r}; '
+                             'accepted is a folder beside it')
+
+# %% ../../nbs/engine/01_parameters.ipynb #a2c2f2aa
+def check_resume(
+    out, # output folder of a run
+    resume:str='auto', # 'auto', 'never' or 'must'
+):
+    "`ParameterError` if a run must be continued and there is nothing to continue"
+    resume, out = check_choice(RESUME, resume=resume), as_path(out, 'out')
+    if resume != 'must' or (out/'done.json').is_file(): return
+    if not any((out/'checkpoints').glob('*.json')):
+        raise ParameterError(f'resume=must: there is no checkpoint in {out}')

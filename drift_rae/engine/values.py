@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SMALL', 'RESUME', 'LARGEST', 'ParameterError', 'PlaceError', 'shown', 'number', 'text', 'check_whole',
-           'check_real', 'check_positive', 'check_choice', 'several']
+           'check_real', 'check_positive', 'check_choice', 'several', 'check_shape']
 
 # %% ../../nbs/engine/00_values.ipynb #8388f038
 import math, numbers, operator, reprlib, warnings
@@ -160,3 +160,14 @@ def several(
         wrong = [c.split('accepted is ')[-1] for c in (_complaint('', x, rule) for x in v) if c]
         return f'a list of {count} values, each {wrong[0]}' if wrong else None
     return check
+
+# %% ../../nbs/engine/00_values.ipynb #2f248818
+def check_shape(
+    shape, # sizes of the axes
+    axes:int=3, # how many there must be
+    name:str='shape', # what a message calls it
+)->tuple: # of int
+    "A shape with sizes from 1; `ParameterError` for another"
+    problem = _complaint(name, shape, several(number(int, 1), axes))
+    if problem: raise ParameterError(problem)
+    return tuple(map(_whole, shape))

@@ -150,9 +150,9 @@ def _load_checkpoint(path):
     "The content of a PyTorch checkpoint, memory-mapped if possible; `ParameterError` if damaged"
     path = check_file(path, 'a PyTorch checkpoint')
     mapped = zipfile.is_zipfile(path)
-    damaged = RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
-    except damaged as e:
+    except MemoryError: raise
+    except Exception as e: # a damaged pickle raises anything
         raise ParameterError(f'{path} is not a whole PyTorch checkpoint ({_first_line(e)})') from e
 
 def _is_weights(state):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from ..autoencoder import RAE, check_statistics
 from ..networks.vit import RAEDecoder
@@ -24,12 +24,12 @@ from ..networks.hub import check_target, fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from .extrapolation import (InWeights, check_extensions, extension_entries,
                                            guided_step, in_steps)
-from ..sharing.card import check_about, figures_beside, model_card
+from ..sharing.card import Shareable, check_about, figures_beside, model_card
 from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 from ..sharing.pictures import as_output, numbered, write_grid, write_numbered
 
 # %% ../../nbs/parts/05a_generator.ipynb #4f3edbf5
-class OneStepGenerator(nn.Module, PyTorchModelHubMixin):
+class OneStepGenerator(nn.Module, Shareable):
     "From labels to images in one step: noise, G(z) = z - v(z, 1) (8), decoder"
     def __init__(self,
         model:nn.Module, # the distilled flow model

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from ..autoencoder import RAE
-from ..engine.parameters import MODELS, ParameterError, check_choice, check_output
+from ..engine.parameters import (
+    MODELS, ParameterError, check_choice, check_output, check_resume)
 from ..engine.files import write_json
 from ..flow import load_teacher
 from ..networks.hub import is_repository
@@ -152,8 +153,7 @@ def check_start(
 ):
     "`ParameterError` for a run that cannot begin; reads nothing but the names of checkpoints"
     check_output(out, folder=True)
-    if resume == 'must' and not list((Path(out)/'checkpoints').glob('*.json')):
-        raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+    check_resume(out, resume)
     made = config.n_neg + config.n_extra_neg
     least, memory = 4*made*(made + config.n_pos), memory_here() # the distances of one class
     if least > memory:
