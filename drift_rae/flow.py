@@ -161,8 +161,7 @@ class FlowConfig:
         "Tiny: the miniature's training; nano: shorter; s, b, l, xl: that of ImageNet"
         if name == 'tiny': return cls()
         if name == 'nano': return cls(steps=6000)
-        if name not in MODELS: raise ParameterError(
-            f"unknown preset {name!r}: accepted is one of {', '.join(MODELS)}")
+        check_choice(MODELS, preset=name)
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),
                    shift=None, train_fixed=True, precision='bfloat16', readers=8)
 
@@ -337,7 +336,8 @@ def load_teacher(
     "Read a flow teacher; a clear message (`ParameterError`) if that is impossible"
     if model in MODELS: check_device(device)
     else: raise ParameterError(f"model={shown(model)}: accepted is one of {', '.join(MODELS)}")
-    path, config = _teacher_file(str(as_path(name_or_path, 'teacher')), model, revision)
+    given = as_path(name_or_path, 'teacher') and os.fspath(name_or_path) # ./tiny is not tiny
+    path, config = _teacher_file(given, model, revision)
     if path.suffix == '.safetensors': state, about = load_weights(path)
     else: state, about = read_checkpoint(path), dict(model=config or preset(model), shift=None)
     state = {k: v for k, v in state.items() if k != 'losses'}

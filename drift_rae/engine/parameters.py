@@ -188,10 +188,13 @@ def _why_not(path, folder):
     try: os.lstat(path)
     except (FileNotFoundError, NotADirectoryError): pass
     except OSError as e: return e.strerror
+    if path.is_symlink() and not path.exists(): return 'it is a link to nothing'
     if path.is_dir() and not folder: return 'it is a folder'
     if path.exists() and folder and not path.is_dir(): return 'it is a file'
     home = path if folder and path.is_dir() else path.absolute().parent
-    while not home.exists() and home != home.parent: home = home.parent
+    while not home.exists() and home != home.parent:
+        if home.is_symlink(): return f'{home} is a link to nothing'
+        home = home.parent
     if not home.is_dir(): return f'{home} is a file'
     try: tempfile.TemporaryFile(dir=home).close() # also where access is allowed, as in /proc
     except OSError as e: return f'{home} cannot be written to: {e.strerror}'

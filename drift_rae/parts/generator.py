@@ -300,10 +300,11 @@ def load_generator(
 )->OneStepGenerator:
     "Read a one-step generator; a clear message if a file is missing, damaged or does not fit"
     moved = check_target(device, dtype) # before anything is read
-    name_or_path = as_path(name_or_path, 'generator') if name_or_path != 'tiny' else 'tiny'
-    if is_repository(name_or_path):
+    shipped = name_or_path == 'tiny' # ./tiny is a folder
+    if not shipped: name_or_path = as_path(name_or_path, 'generator')
+    if not shipped and is_repository(name_or_path):
         name_or_path = fetch_file(str(name_or_path), 'generator.safetensors', revision).parent
-    folder = '' if str(name_or_path) == 'tiny' else name_or_path
+    folder = '' if shipped else name_or_path
     tensors, config = load_weights(weights_path('tiny/generator', folder))
     def part(name): return {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
     unknown = sorted(set(config) - _ENTRIES)
