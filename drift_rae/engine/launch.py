@@ -311,7 +311,7 @@ def check_processes(
     check_whole(0, max(64, 4*(os.cpu_count() or 1)), nproc=nproc)
     check_whole(1, 10_000, nnodes=nnodes)
     if nproc > gpus > 0:
-        raise ParameterError(f'nproc={nproc}: this machine has {gpus} GPUs; accepted is 0 to {gpus}')
+        raise ParameterError(f'nproc={nproc}: accepted is 0 to {gpus}, the GPUs of this machine')
     m = re.fullmatch(r'.+:(\d{1,5})', f'{rdzv}')
     if nnodes > 1 and not (m and 0 < int(m[1]) < 2**16):
         raise ParameterError(f'nnodes={nnodes}, rdzv={rdzv!r}: several machines meet at '
