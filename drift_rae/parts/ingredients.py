@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from ..autoencoder import RAE
 from ..engine.parameters import (
-    MODELS, ParameterError, check_choice, check_output, check_resume)
+    MODELS, ParameterError, as_path, check_choice, check_output, check_resume, shown)
 from ..engine.files import write_json
 from ..flow import load_teacher
 from ..networks.hub import is_repository
@@ -109,6 +109,8 @@ def check_store(
     store, # latent store
 ):
     "A clear message (`ParameterError`) if the latents cannot give what the configuration needs"
+    if not hasattr(store, 'num_classes'):
+        raise ParameterError(f'store={shown(store)}: accepted is a LatentStore')
     if config.n_class > store.num_classes:
         raise ParameterError(f'n_class={config.n_class}: there are {store.num_classes} classes')
     if config.n_pos > min(store.counts):
@@ -123,7 +125,7 @@ def writable(
     folder:str|Path, # made if need be
 )->Path:
     "The folder; a clear message (`ParameterError`) if nothing can be written there"
-    folder = Path(folder)
+    folder = as_path(folder, 'folder')
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     if missing: _new[folder.absolute()] = missing
     try:
