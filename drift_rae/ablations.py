@@ -12,7 +12,8 @@ import argparse, json, os, time
 from pathlib import Path
 import torch
 from torch import nn
-from .engine.parameters import ParameterError
+from .engine.parameters import (
+    ParameterError, check_output, check_real, check_whole)
 from .engine.progress import Progress, limit_threads
 from .engine.files import write_json
 from .metrics.verdicts import Claim
@@ -193,6 +194,9 @@ def rebuild_results(
 ):
     "Run what is missing, one file at a time"
     limit_threads()
+    check_whole(1, 1000, seeds=seeds)
+    check_real(0, minutes=minutes)
+    if folder is not None: check_output(folder, folder=True, name='folder')
     todo, benches, begin = missing(tables, seeds, folder), {}, time.perf_counter()
     progress = Progress(len(todo), 'run', every=0)
     for i, (row, seed) in enumerate(todo):

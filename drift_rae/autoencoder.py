@@ -27,7 +27,7 @@ from .networks.features import build_encoder
 from drift_rae.networks.vit import (
     DECODERS, ENCODERS, Encoder, IMAGENET_MEAN, IMAGENET_STD, RAEDecoder, make_encoder,
     sincos_positions)
-from .engine.hub import check_target, hub_folder, is_repository
+from .networks.hub import check_target, hub_folder, is_repository
 from .networks.sdvae import open_sdvae
 from .sharing.pictures import to_images
 from fastcore.basics import patch
@@ -171,7 +171,8 @@ def _read_part(part, path, about, build):
 # %% ../nbs/02_rae.ipynb #7b22f589
 def _is_ours(name_or_path, options):
     "Whether a name is the miniature's or that of a folder with our files"
-    if str(as_path(name_or_path, 'autoencoder')) == 'tiny': return True
+    as_path(name_or_path, 'autoencoder')
+    if name_or_path == 'tiny': return True # ./tiny is a folder
     files = [os.path.join(name_or_path, f) for f in RAE_FILES[1:]]
     return not options and all(map(os.path.isfile, files))
 
@@ -202,7 +203,7 @@ def load_rae(
     if check_target(device, dtype):
         return load_rae(name_or_path, revision, **options).to(device, dtype)
     if not _is_ours(name_or_path, options): return open_rae(name_or_path, revision, **options)
-    name, folder = ('tiny', '') if str(name_or_path) == 'tiny' else ('x', name_or_path)
+    name, folder = ('tiny', '') if name_or_path == 'tiny' else ('x', name_or_path)
     file = Path(folder)/'config.json'
     about = read_json(file) if folder and file.is_file() else {}
     parts, builders = {}, dict(encoder=build_encoder, decoder=RAEDecoder, stats=None)

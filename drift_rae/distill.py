@@ -118,6 +118,8 @@ def distill(
     "Drift-RAE: distil a flow model into a one-step generator by the drifting field"
     if not isinstance(config, DistillConfig):
         raise ParameterError(f'config={shown(config)}: accepted is a DistillConfig')
+    if not isinstance(teacher, nn.Module):
+        raise ParameterError(f'teacher={shown(teacher)}: accepted is a network, see load_teacher')
     seed, _ = check_seed(seed), check_choice(RESUME, resume=resume)
     if folder: check_output(folder, folder=True)
     check_store(config, store)

@@ -52,6 +52,8 @@ def save_reference(
     "Write statistics (and features for precision and recall) with the extractor they belong to"
     path = check_output(path)
     check_moments(statistics, 'statistics')
+    if not isinstance(extractor, Extractor):
+        raise ParameterError(f'extractor={shown(extractor)}: accepted is an Extractor')
     if len(statistics.mu) != extractor.dims:
         raise ParameterError(f'statistics of {len(statistics.mu)} dimensions: accepted are '
                              f'{extractor.dims}, those of {extractor.name}')
@@ -214,6 +216,8 @@ def check_requests(
 ):
     "`ParameterError` for requests that so many images cannot answer, before any work"
     check_seed(seed)
+    if not isinstance(reference, Reference): raise ParameterError(
+        f'reference={shown(reference)}: accepted is what load_reference returns')
     bootstrap, kernel = check_whole(0, bootstrap=bootstrap, kernel=kernel)
     balls = reference.balls
     least = 2 if balls is None else check_whole(1, k=k) + 1

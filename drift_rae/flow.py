@@ -26,7 +26,7 @@ from .engine.streams import check_labels, check_seed, stream
 from .engine import launch, sharding
 from .networks.ditdh import DiTDH, preset
 from .networks.released import OFFICIAL_TEACHERS, official_teacher
-from .engine.hub import hub_folder, is_repository, read_checkpoint
+from .networks.hub import hub_folder, is_repository, read_checkpoint
 from .parts.paths import (
     SAMPLERS, T_MAX, StepDraws, default_shift, flow_draw, flow_loss, flow_path, flow_velocity,
     sample_euler, sample_heun, sample_time, time_grid, time_shift)
@@ -57,10 +57,11 @@ def guided_velocity(
     "v_worse + w (v - v_worse) inside the interval, v outside"
     problem = several(number(float), 2)(interval)
     if problem: raise ParameterError(f'interval={shown(interval)}: accepted is {problem}')
-    low, high = interval
-    if not low < high:
-        raise ParameterError(
-            f"interval={interval}: the first time has to be smaller than the second")
+    (low, high), guidance = interval, check_real(0, guidance=guidance)
+    if not low < high: raise ParameterError(
+        f"interval={interval}: the first time has to be smaller than the second")
+    if not callable(model) or not (guide is None or callable(guide)):
+        raise ParameterError(f'model={shown(model)}, guide={shown(guide)}: accepted are networks')
     inside = (t >= low) & (t <= high)
     if guidance == 1 or not inside.any(): return model(x, t, labels)
     if guide is None: v, worse = _without_label(model, x, t, labels)
@@ -112,9 +113,8 @@ def sample(
     callback:Callable=None, # called with (i, t, x) at every grid point
 )->Tensor: # latents [N, C, h, w]
     "Solve the flow's ODE from noise to data on the official time grid"
-    if not callable(model): raise ParameterError(f'model={shown(model)}: accepted is a network')
     check_choice(SAMPLERS, method=method)
-    steps, guidance = check_whole(1, steps=steps), check_real(guidance=guidance)
+    steps = check_whole(1, 10**6, steps=steps)
     check_tensor(z, 'N C h w', 'noise', finite=True)
     if shift is not None: check_positive(shift=shift)
     if shift is None: shift = getattr(model, 'shift', None) or default_shift(z.shape[1:])
@@ -161,8 +161,7 @@ class FlowConfig:
         "Tiny: the miniature's training; nano: shorter; s, b, l, xl: that of ImageNet"
         if name == 'tiny': return cls()
         if name == 'nano': return cls(steps=6000)
-        if name not in MODELS: raise ParameterError(
-            f"unknown preset {name!r}: accepted is one of {', '.join(MODELS)}")
+        check_choice(MODELS, preset=name)
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),
                    shift=None, train_fixed=True, precision='bfloat16', readers=8)
 
@@ -264,7 +263,9 @@ def train_teacher(
     **options, # as in train: checkpoints, resume, log, sharding
 )->tuple: # (the averaged model in evaluation mode, loss of each update)
     "Train DiT^DH by flow matching; the same seed gives the same weights"
+    if not isinstance(flow, FlowConfig): raise ParameterError(f'flow={shown(flow)}: no FlowConfig')
     seed, steps = check_seed(seed), check_whole(0, steps=steps) or flow.steps
+    check_device(device)
     randomness = Randomness(seed, 'teacher')
     if not hasattr(latents, 'batch'):
         shape = config or preset('tiny')
@@ -300,6 +301,7 @@ def save_teacher(
     **about, # anything JSON can hold: seed, training configuration
 ):
     "Write weights, losses, constructor keywords and time shift into one safetensors file"
+    if not isinstance(model, DiTDH): raise ParameterError(f'model={shown(model)}: it is no DiTDH')
     more = {'losses': torch.tensor(losses)} if len(losses) else {}
     about = dict(model=model.config, shift=model.shift, **about)
     save_weights(path, {**model.state_dict(), **more}, about)
@@ -334,7 +336,8 @@ def load_teacher(
     "Read a flow teacher; a clear message (`ParameterError`) if that is impossible"
     if model in MODELS: check_device(device)
     else: raise ParameterError(f"model={shown(model)}: accepted is one of {', '.join(MODELS)}")
-    path, config = _teacher_file(str(as_path(name_or_path, 'teacher')), model, revision)
+    given = as_path(name_or_path, 'teacher') and os.fspath(name_or_path) # ./tiny is not tiny
+    path, config = _teacher_file(given, model, revision)
     if path.suffix == '.safetensors': state, about = load_weights(path)
     else: state, about = read_checkpoint(path), dict(model=config or preset(model), shift=None)
     state = {k: v for k, v in state.items() if k != 'losses'}

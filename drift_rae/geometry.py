@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
-from .engine.parameters import ParameterError, check_whole, shown
+from .engine.parameters import (
+    ParameterError, check_positive, check_tensor, check_whole, shown)
 from .engine.streams import check_labels
 
 # %% ../nbs/03_geometry.ipynb #5c9f557f
@@ -73,7 +74,8 @@ def effective_dimensions(
     block:int=16, # tokens at a time
 )->tuple: # (1/sum p^2, exp(-sum p log p) or None), each float64 [T]
     "The numbers of dimensions behind (47) and (48), without the division by r"
-    ratio, spread = [], []
+    check_tensor(tokens, 'n T D', 'tokens')
+    ratio, spread, block = [], [], check_whole(1, block=block)
     for i, part in enumerate(tokens.split(block, dim=1)):
         scatter = _scatter(part, i*block)
         ratio.append(1/scatter.square().sum((1, 2)))
@@ -136,6 +138,8 @@ def class_nearest(
     x:Tensor, # samples of one class [n, d]
 )->Tensor: # float64 [n]
     "Distance of each sample to its nearest neighbour, divided by sqrt(d)"
+    if len(check_tensor(x, 'n d', 'x')) < 2:
+        raise ParameterError('x: one sample has no neighbour; accepted are 2 or more')
     nearest = []
     for start, block in _square_distances(x):
         block.diagonal(start).fill_(math.inf)
@@ -158,7 +162,8 @@ def class_smmd(
     tau:float=1., # the kernel's width, in units of sqrt(d)
 )->Tensor: # float64 scalar
     "Equation (53) for one class: squared MMD (V-statistic) between centred samples and the poles"
-    (n, d), width = x.shape, tau*math.sqrt(x.shape[1])
+    (n, d), tau = check_tensor(x, 'n d', 'x').shape, check_positive(tau=tau)
+    width = tau*math.sqrt(d)
     norms = sum(part.square().sum(1) for part in _pieces(x)) # |x|^2 [n]
     rho = norms.sqrt().mean()
     within = sum((-block.sqrt()/width).exp().sum() for _, block in _square_distances(x))/n**2
@@ -226,6 +231,8 @@ def trajectory_frame(
     x:Tensor, # one trajectory [N, D]
 )->Tensor: # float64 [N, 3]
     "Coordinates from the first point on, along the chord and two principal components beside it"
+    if len(check_tensor(x, 'N D', 'x')) < 2:
+        raise ParameterError('x: one point is no trajectory; accepted are 2 or more')
     if x.shape[1] < 3: x = torch.nn.functional.pad(x, (0, 3 - x.shape[1]))
     chord = _chord(x)
     u = _axes(x, chord)

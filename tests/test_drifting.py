@@ -357,7 +357,7 @@ def test_impossible_configurations(switches, sentence):
 @pytest.mark.parametrize('change, sentence', (
     (dict(gen=torch.zeros(4, 6)), 'gen: the type is float32 and the shape'), (dict(pos=torch.zeros(2, 0, 6)), 'at least one'), (dict(pos=torch.zeros(3, 5, 6)), 'B and D must agree'),
     (dict(neg=torch.zeros(2, 3, 5)), 'B and D must agree'), (dict(gen=torch.zeros(2, 0, 6)), 'at least one'), (dict(gen=torch.zeros(2, 4, 6).long()), 'floating'),
-    (dict(weight_pos=torch.ones(2, 4)), 'weight_pos is'), (dict(weight_gen=-torch.ones(2, 4)), 'negative'), (dict(weight_neg=torch.full((2, 3), math.nan)), 'infinite'),
+    (dict(weight_pos=torch.ones(2, 4)), 'weight_pos: the type is'), (dict(weight_gen=-torch.ones(2, 4)), 'negative'), (dict(weight_neg=torch.full((2, 3), math.nan)), 'infinite'),
     (dict(classes=3), 'must divide'), (dict(chunk=0), 'chunk=0')))
 def test_impossible_inputs(change, sentence):
     call = dict(gen=torch.zeros(2, 4, 6), pos=torch.zeros(2, 5, 6), neg=torch.zeros(2, 3, 6)) | change

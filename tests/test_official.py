@@ -1,4 +1,4 @@
-"What a notebook cell cannot hold of networks.released and engine.hub: a Hub that fails, its cache, damaged files, foreign repositories"
+"What a notebook cell cannot hold of networks.released and networks.hub: a Hub that fails, its cache, damaged files, foreign repositories"
 import hashlib, os, threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -18,7 +18,7 @@ TABLE = HERE/'wrong_inputs.txt'
 T, nan, inf = torch.tensor, math.nan, math.inf
 huge = 10**400 # a whole number of 401 digits
 MODULES = ['autoencoder', 'diffusion_gan', 'distill', 'drifting', 'evaluate', 'flow', 'geometry', 'theorem1',
-           'engine.checkpoints', 'engine.files', 'engine.hub', 'engine.launch', 'engine.parameters', 'engine.progress',
+           'engine.checkpoints', 'engine.files', 'networks.hub', 'engine.launch', 'engine.parameters', 'engine.progress',
            'engine.streams', 'engine.training', 'imagenet.critics', 'imagenet.folders', 'imagenet.stage1', 'imagenet.stage2',
            'metrics.extractors', 'metrics.features', 'metrics.frechet', 'metrics.images', 'metrics.neighbours',
            'metrics.verdicts', 'networks.ditdh', 'networks.released', 'networks.sdvae', 'networks.vit', 'networks.cost',

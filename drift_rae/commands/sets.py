@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from ..autoencoder import RAE
 from ..engine.files import atomic, hash_weights
-from ..engine.hub import check_sha256
+from ..networks.hub import check_sha256
 from ..engine.parameters import (
     SMALLEST, ParameterError, check_choice, check_device, check_output, check_whole)
 from ..engine.progress import Progress
@@ -82,8 +82,8 @@ def find_generator(
     path:str|Path, # a run's folder, or tiny
 )->str: # the folder that holds generator.safetensors, or tiny; empty: there is none
     "Where the generator of a run is"
+    if path == 'tiny' and not os.path.exists(path): return 'tiny' # ./tiny is a folder
     path = Path(path)
-    if str(path) == 'tiny' and not path.exists(): return 'tiny'
     if (path/'generator.safetensors').is_file(): return str(path)
     below = sorted(path.glob('*/generator.safetensors')) if path.is_dir() else []
     if len(below) > 1:

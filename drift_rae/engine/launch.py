@@ -309,11 +309,11 @@ def check_processes(
     "`ParameterError` for numbers that cannot be had"
     gpus = torch.cuda.device_count()
     check_whole(0, max(64, 4*(os.cpu_count() or 1)), nproc=nproc)
-    check_whole(0, 10_000, nnodes=nnodes)
-    if nnodes < 1 or nproc > gpus > 0:
-        raise ParameterError(f'nproc={nproc}, nnodes={nnodes}: this machine has {gpus} GPUs; '
-                             'accepted is 0 (all of them) or fewer, on at least one node')
-    if nnodes > 1 and not re.fullmatch(r'.+:\d{1,5}', str(rdzv)):
+    check_whole(1, 10_000, nnodes=nnodes)
+    if nproc > gpus > 0:
+        raise ParameterError(f'nproc={nproc}: accepted is 0 to {gpus}, the GPUs of this machine')
+    m = re.fullmatch(r'.+:(\d{1,5})', f'{rdzv}')
+    if nnodes > 1 and not (m and 0 < int(m[1]) < 2**16):
         raise ParameterError(f'nnodes={nnodes}, rdzv={rdzv!r}: several machines meet at '
                              'host:port of one of them, such as node01:29400')
     return nproc or max(1, gpus)

@@ -7,7 +7,8 @@ __all__ = ['PATIENCE', 'limit_threads', 'few_threads', 'spread', 'Progress', 're
            'follow_parent', 'outlive_parent', 'catch_signals']
 
 # %% ../../nbs/engine/04_progress.ipynb #f004a2d2
-import csv, ctypes, json, math, multiprocessing, os, re, signal, subprocess, sys, threading, time
+import atexit, csv, ctypes, gc, json, math, multiprocessing, os, re, signal, subprocess, sys
+import threading, time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -261,3 +262,6 @@ def catch_signals():
         try: yield lambda: noted[0] if noted else ''
         finally:
             for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
+
+# %% ../../nbs/engine/04_progress.ipynb #2f3d196a
+atexit.register(gc.freeze)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from .launch import (
     all_any, broadcast_object, device, is_main, rank, world_size)
-from .parameters import ParameterError
+from .parameters import ParameterError, check_whole
 from .progress import pack_rows, unpack_rows
 from .streams import random_state, set_random_state
 
@@ -343,6 +343,6 @@ def check_share(
     world:int, # number of processes
 ):
     "`ParameterError` if so many processes cannot have equal shares"
-    if batch % world == 0: return
+    if check_whole(1, batch=batch) % check_whole(1, processes=world) == 0: return
     raise ParameterError(f'batch={batch} on {world} processes: the shares would not be equal; '
                          f'accepted is a batch that {world} divides, or other processes')

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from .parameters import (
-    LARGEST, ParameterError, _KINDS, _is_bool, _whole, as_path, check_output, check_whole, shown)
+    LARGEST, ParameterError, _KINDS, as_path, check_output, check_whole, shown)
+from .values import _is_bool, _whole
 
 # %% ../../nbs/engine/02_streams.ipynb #554cae51
 def check_seed(
@@ -32,6 +33,8 @@ def _label_tensor(labels, name):
     if not isinstance(x, (Tensor, np.ndarray)):
         if isinstance(x, (str, bytes, dict)) or not hasattr(x, '__iter__'):
             raise ParameterError(f'{name}={shown(x)}: {wanted}')
+        if hasattr(x, '__len__') and len(x) > 10**9:
+            raise ParameterError(f'{name}: there are {len(x):,}; accepted are up to 1,000,000,000')
         x = list(x)
         if any(_is_bool(v) or isinstance(v, str) for v in x):
             raise ParameterError(f'{name}={shown(x)}: {wanted}')

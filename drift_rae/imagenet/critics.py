@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..networks.digests import COLLECTION, commit_of
 from ..networks.vit import Encoder
 from ..engine.files import fill, sha256_of
-from ..engine.hub import check_first_use
+from ..networks.hub import check_first_use
 from ..engine.parameters import ParameterError, as_path, check_choice
 import torch, torchvision
 import torch.nn.functional as F

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from drift_rae.engine.parameters import (RESUME, ParameterError, check_device,
-    check_output, check_whole)
+from ..engine.parameters import (
+    RESUME, ParameterError, check_choice, check_device, check_outside, check_output, check_whole)
 from ..engine.progress import Progress
 from ..engine.streams import check_seed, stream
 from ..engine.files import write_json
@@ -261,9 +261,7 @@ def _check_encoding(rank, world, batch, shard_images, **options):
     "Refuse options that have no meaning"
     known = dict(unreadable=('error', 'skip'), resume=RESUME, precision=('float32', 'bfloat16'),
                  dtype=STORED)
-    for name, value in options.items():
-        if value not in known[name]:
-            raise ParameterError(f"{name}={value!r}: accepted is {', '.join(known[name])}")
+    for name, value in options.items(): check_choice(known[name], **{name: value})
     check_whole(1, world=world, batch=batch)
     check_whole(0, world - 1, rank=rank)
     check_whole(0, shard_images=shard_images)
@@ -336,6 +334,7 @@ def encode_folder(
     if getattr(autoencoder, 'encoder', autoencoder) is None or not hasattr(autoencoder, 'encode'):
         raise ParameterError('autoencoder: accepted is one with an encoder')
     if not isinstance(folder, ClassFolder): folder = ClassFolder(folder, size, num_classes)
+    check_outside(out, folder.root)
     out, flip, device = Path(out), int(flip), device or _device(rank)
     plan, shards = _begin(
         autoencoder, folder, out, dtype, shard_images, resume, revision, flip, precision)

@@ -16,8 +16,9 @@ from ..engine import launch, sharding
 from ..networks.vit import DECODERS, Encoder, RAEDecoder
 from ..autoencoder import RAE
 from ..engine.files import RunFolder, fill, load_weights
-from ..engine.parameters import (
-    RESUME, ParameterError, check_choice, check_output, check_real, check_whole, number, several)
+from drift_rae.engine.parameters import (
+    ParameterError, check_choice, check_output, check_real, check_resume, check_whole, number,
+    several)
 from ..engine.streams import check_seed, stream
 from ..parts.step import device_stream
 from .critics import (
@@ -307,9 +308,7 @@ def run_stage1(
 
 # %% ../../nbs/imagenet/05_stage1.ipynb #3aa15501
 def _check_stage1(model, config, images, networks):
-    "Refuse an unknown model, and say which folder or file is missing"
-    if model not in DECODERS:
-        raise ParameterError(f"model={model!r}: accepted is one of {', '.join(DECODERS)}")
+    "Say which folder or file is missing"
     if model == 'tiny': return
     if not images:
         raise ParameterError(f'model={model}: give images=FOLDER, '
@@ -332,19 +331,18 @@ def start_stage1(
     encoder:str='dinov2', # as for stage1_encoder
     networks:str='', # folder of the frozen networks
     precision:str='', # of the forward passes: float32 or bfloat16; empty: as the preset has it
+    dry_run:int=0, # 1: only check
 )->list: # the log: one dict per step
     "Check what can be checked, then train on all processes"
     check_whole(0, steps=steps, batch=batch)
     seed, gan = check_seed(seed), check_choice((0, 1), gan=gan)
-    check_choice(RESUME, resume=resume)
     out = check_output(out or f'runs/stage1_{model}', folder=True)
-    given = dict(batch=batch, steps=steps, precision=precision)
-    given = {k: v for k, v in given.items() if v}
+    check_resume(out, resume)
+    given = {k: v for k, v in dict(batch=batch, steps=steps, precision=precision).items() if v}
     config = Stage1Config.preset(model, **given, **({} if gan else {'gan': 0.}))
     sharding.check_share(config.batch, launch.check_processes(nproc, nnodes, rdzv)*nnodes)
     _check_stage1(model, config, images, networks)
-    if resume == 'must' and not list((out/'checkpoints').glob('*.json')):
-        raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+    if dry_run: return []
     return launch.launch(
         run_stage1, model, config, str(out), seed=seed, resume=resume, images=images,
         encoder=encoder, networks=networks, nproc=nproc, nnodes=nnodes, rdzv=rdzv)

@@ -12,7 +12,7 @@ from ..engine import launch
 from ..engine.sharding import check_share, fast_products, full_state
 from ..autoencoder import RAE
 from ..engine.parameters import (
-    MODELS, RESUME, SMALL, ParameterError, check_choice, check_output, check_whole)
+    MODELS, SMALL, ParameterError, check_choice, check_output, check_resume, check_whole)
 from ..engine.streams import check_seed
 from ..engine.progress import few_threads, limit_threads
 from ..engine.files import RunFolder, versions
@@ -131,22 +131,21 @@ def start_flow(
     autoencoder:str='', # as for flow_parts
     monitor_every:int=0, # steps between samples; 0: a tenth of the run
     samples:int=0, # how many; 0: 200 for tiny, else 1000
+    dry_run:int=0, # 1: only check
 )->list: # loss of each step
     "Check everything, then train on all processes"
     check_whole(0, steps=steps, batch=batch, at_once=at_once, monitor_every=monitor_every)
     seed, _ = check_seed(seed), check_choice(('ddp', 'fsdp'), sharding=sharding)
-    check_choice(RESUME, resume=resume)
     if samples: check_whole(2, 10**7, samples=samples)
-    check_output(out or f'runs/teacher_{model}', folder=True)
+    out = check_output(out or f'runs/teacher_{model}', folder=True)
+    check_resume(out, resume)
     given = dict(steps=steps, batch=batch, at_once=at_once, precision=precision)
     given = {k: v for k, v in given.items() if v}
     flow = replace(FlowConfig.preset(model), **given)
     check_share(flow.batch, launch.check_processes(nproc, nnodes, rdzv)*nnodes)
     flow_parts(model, latents, autoencoder)
     if flow.hold >= flow.steps: flow = replace(flow, hold=flow.steps//20)
-    out = Path(out or f'runs/teacher_{model}')
-    if resume == 'must' and not list((out/'checkpoints').glob('*.json')):
-        raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+    if dry_run: return []
     return launch.launch(
         run_flow, model, flow, str(out), seed=seed, resume=resume, latents=latents,
         autoencoder=autoencoder, monitor_every=monitor_every, samples=samples, sharding=sharding,

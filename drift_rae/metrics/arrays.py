@@ -9,7 +9,7 @@ __all__ = ['pictures_below', 'as_rgb', 'is_own', 'npz_array']
 import math, os, zipfile
 from pathlib import Path
 import numpy as np
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, as_path, check_file
 
 # %% ../../nbs/metrics/00_arrays.ipynb #da241c01
 _SUFFIXES = ('.png', '.jpg', '.jpeg')
@@ -19,6 +19,7 @@ def pictures_below(
     endings:tuple=_SUFFIXES, # of the files' names, in lower case
 ): # iterator over paths, in any order
     "Yield the picture files below a folder; hidden names and links to folders are passed over"
+    if not as_path(folder, 'folder').is_dir(): raise ParameterError(f'there is no folder {folder}')
     for home, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith('.')]
         for n in names:
@@ -61,7 +62,7 @@ def npz_array(
     path:str|Path, # the npz file
 )->tuple: # where the pixels begin, in bytes from the start of the file; shape [N, H, W, 3]
     "Where arr_0 of an uncompressed npz file begins (bytes from the file's start), and its shape"
-    with zipfile.ZipFile(path) as z:
+    with zipfile.ZipFile(check_file(path, 'an npz file')) as z:
         if 'arr_0.npy' not in z.namelist():
             raise ParameterError(f"{path}: no images in it (no array arr_0), "
                                  f"it has {', '.join(z.namelist())}")

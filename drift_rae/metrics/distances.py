@@ -10,6 +10,7 @@ import math
 from contextlib import contextmanager
 import torch
 from torch import Tensor
+from ..engine.parameters import ParameterError
 
 # %% ../../nbs/metrics/00_distances.ipynb #5c6a4ffe
 def squared_norm(
@@ -38,6 +39,8 @@ def distances(
     products:Tensor=None, # [B, N, M] inner products of x and y, if they are known
 )->Tensor: # [B, N, M] or [N, M]
     "Euclidean distances by one matrix product; pairs too close for it are taken from differences"
+    if x.shape[-1] != y.shape[-1]: raise ParameterError(
+        f'x {list(x.shape)}, y {list(y.shape)}: accepted are vectors of the same length')
     if x.ndim == 2: return distances(x[None], y[None], floor=floor, same=same)[0]
     y2 = squared_norm(y) if y2 is None else y2
     x2 = (y2[:, :x.shape[1]] if same else squared_norm(x))[..., None]

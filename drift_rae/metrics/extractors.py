@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..engine.parameters import ParameterError, as_path, check_choice, check_device
+from ..engine.parameters import (
+    ParameterError, as_path, check_choice, check_device, check_whole, shown)
 from ..engine.files import fill, hash_weights, load_weights
-from ..engine.hub import check_first_use, check_sha256
+from ..networks.hub import check_first_use, check_sha256
 from ..engine.streams import stream
 
 # %% ../../nbs/metrics/04_extractors.ipynb #989027e8
@@ -31,6 +32,12 @@ class Extractor:
     resize:str # how images are brought to the network's size
     device:str = 'cpu' # where the network is
     side:int = 0 # pixels that images must have on a side; 0: any number
+
+    def __post_init__(self):
+        check_whole(1, dims=self.dims)
+        check_whole(0, side=self.side)
+        if not callable(self.network):
+            raise ParameterError(f'network={shown(self.network)}: accepted is a function')
 
     def __call__(self, images):
         "Features, and logits where there are some, of uint8 images [n, 3, H, W]"
@@ -58,7 +65,7 @@ def weights_file(
     weights:str|Path='', # a .pth or .safetensors file; empty = where torch.hub keeps it
 )->Path:
     "Where the weights of an extractor are; ParameterError if they are not there"
-    file, url = WEIGHTS[name]
+    file, url = WEIGHTS[check_choice(WEIGHTS, name=name)]
     hub = Path(torch.hub.get_dir())/'checkpoints'/file
     path = as_path(weights, 'weights') if weights else hub
     if not path.is_file():

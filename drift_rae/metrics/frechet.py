@@ -185,6 +185,8 @@ def frechet_interval(
     level = check_real(0, 1, level=level)
     x = as_features(gen, 'the generated features')
     s = _as_statistics(real)
+    if x.shape[1] != len(s.mu): raise ParameterError(
+        f'{x.shape[1]} features against {len(s.mu)}: accepted are features of the same network')
     measured, again = _resampled(x, s, repeats, seed)
     tails = torch.tensor([(1+level)/2, (1-level)/2], dtype=torch.float64)
     own = frechet_bias(s, len(x), n_real) - frechet_bias(s, len(x)) if n_real else 0.

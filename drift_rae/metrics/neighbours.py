@@ -91,6 +91,7 @@ def ball_radii(
     memory:float=.5, # GB for one block of distances
 )->torch.Tensor: # float64 [N]
     "Radius of each image's ball, for `precision_recall`"
+    k, memory = check_whole(1, k=k), check_positive(memory=memory)
     x = as_features(features, 'the features', k+1)
     return _radii(x, k, _block(len(x), memory))
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from ..engine.figures import markdown_table
-from ..engine.parameters import ParameterError, check_positive
+from ..engine.parameters import (
+    ParameterError, check_device, check_positive, check_whole)
 from .ditdh import DiTDH, preset
 from .vit import DECODERS, RAEDecoder, make_encoder
 
@@ -50,6 +51,7 @@ def step_flops(
     channels:int=0, # of the latents; 0: the preset's
 )->int: # floating-point operations
     "Operations of the network in one step; recomputed activations are not counted"
+    check_whole(0, n_class=n_class, n_neg=n_neg, n_extra_neg=n_extra_neg)
     return n_class*(3*n_neg + n_extra_neg)*forward_flops(name, channels)
 
 # %% ../../nbs/networks/06_cost.ipynb #bd5f96d0
@@ -88,6 +90,8 @@ def matmul_rate(
     repeats:int=5, # the best one counts
 )->float: # operations per second: bfloat16 on a GPU, float32 on the CPU
     "Rate of this device for one large matrix product"
+    check_device(device)
+    check_whole(0, 10**5, size=size, repeats=repeats)
     gpu = torch.device(device).type == 'cuda'
     n, dtype = size or (8192 if gpu else 1024), torch.bfloat16 if gpu else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

@@ -7,7 +7,7 @@ __all__ = ['COLLECTION', 'ENCODER_REPOSITORIES', 'SD_VAE', 'SHA256', 'commit_of'
 
 # %% ../../nbs/networks/01b_digests.ipynb #c5209efe
 from pathlib import Path
-from ..engine.hub import fetch_file
+from .hub import fetch_file
 from ..engine.parameters import ParameterError
 
 # %% ../../nbs/networks/01b_digests.ipynb #c27a25b9

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..engine.parameters import (
-    ParameterError, check_choice, check_config, number, several)
+from drift_rae.engine.parameters import (
+    ParameterError, check_choice, check_config, check_shape, check_tensor, check_whole, number,
+    several, shown)
 from .layers import (
     Block, FinalLayer, LabelEmbedding, RotaryEmbedding, SwiGLU, TimeEmbedding, TokenEmbedding)
 from .vit import sincos_positions
@@ -163,6 +164,11 @@ def _block(self:DiTDH, i, x, condition, rope):
 def _check(self:DiTDH, x, t, y):
     "A ValueError for inputs of another shape or type, or for labels without a class"
     c, s = self.in_channels, self.input_size
+    for name, value in dict(x=x, t=t).items(): check_tensor(value, '', name)
+    if not isinstance(y, Tensor): raise ParameterError(f'labels={shown(y)}: accepted is a tensor')
+    own = self.final_layer.linear.weight.dtype
+    if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+        raise ParameterError(f'latents of type {x.dtype}: this model computes in {own}')
     if x.ndim != 4 or tuple(x.shape[1:]) != (c, s, s):
         raise ParameterError(f"latents of shape {list(x.shape)}: "
                              f"this model takes [N, {c}, {s}, {s}]")
@@ -195,7 +201,11 @@ def preset(
     check_choice(_SIZES, preset=name)
     names = ('input_size', 'in_channels', 'hidden_size', 'depth', 'num_heads', 'num_classes')
     config = copy.deepcopy(dict(zip(names, _SIZES[name])))
-    if shape: config.update(in_channels=shape[0], input_size=shape[1])
+    if shape is not None:
+        c, h, w = check_shape(shape)
+        if h != w: raise ParameterError(f'shape={shown(shape)}: accepted are square latents')
+        config.update(in_channels=c, input_size=h)
+    num_classes = check_whole(0, num_classes=num_classes)
     return {**config, 'num_classes': num_classes} if num_classes else config
 
 # %% ../../nbs/networks/05_ditdh.ipynb #32c77e9d

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
 from ..engine.files import hash_weights, load_weights
-from ..engine.hub import check_first_use
+from .hub import check_first_use
 from ..engine.parameters import ParameterError, check_config, number, several, shown
 from .vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, _colour_buffers
 

@@ -20,8 +20,8 @@ from .vit import (
     DECODERS, ENCODERS, Encoder, RAEDecoder, make_encoder, sincos_positions)
 from ..engine.files import atomic, fill
 from ..engine.parameters import (
-    ParameterError, check_choice, check_file, check_tensor, shown)
-from ..engine.hub import check_sha256, fetch_file, is_repository, read_checkpoint
+    ParameterError, as_path, check_choice, check_file, check_tensor, shown)
+from .hub import check_sha256, fetch_file, is_repository, read_checkpoint
 from .digests import (
     COLLECTION, ENCODER_REPOSITORIES, SHA256, digests_of, fetch_released)
 _all_ = ['COLLECTION', 'ENCODER_REPOSITORIES', 'SHA256', 'fetch_file']
@@ -97,7 +97,7 @@ def from_hugging_face(
     side:int=16, # tokens per side
 )->dict: # name -> tensor, timm's names
     "Rename an encoder's weights; what an RAE encoder does not use is left out"
-    n = HUGGING_FACE[family]
+    n = HUGGING_FACE[check_choice(HUGGING_FACE, family=family)]
     state = {k.removeprefix(n['tower']): v for k, v in state.items()}
     out = _renamed(state, family)
     if n['position'] not in state: return out # loading is strict and will name what is missing
@@ -160,7 +160,7 @@ def read_safetensors(
 )->dict: # name -> tensor
     "Tensors of a safetensors file; a clear message if the file is damaged"
     try:
-        with safe_open(str(path), framework='pt') as f:
+        with safe_open(str(check_file(path, 'safetensors')), framework='pt') as f:
             return {k: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}
     except SafetensorError as e:
         raise ParameterError(f"{path} is not a whole safetensors file ({e})") from e
@@ -225,6 +225,7 @@ def check_collection(
 )->list: # files whose digest is known and right
     "Compare the files that are there with their digests; a clear message for the first wrong one"
     known = digests_of(COLLECTION)
+    if not as_path(folder, 'folder').is_dir(): raise ParameterError(f'there is no folder {folder}')
     there = [Path(folder)/p for p in known if os.path.isfile(Path(folder)/p)]
     for p in there: check_sha256(p, known[p.relative_to(folder).as_posix()])
     return there
@@ -277,6 +278,7 @@ def decoder_config(
 )->dict: # keywords for RAEDecoder
     "The official decoder's configuration: pixels are in the encoder's units"
     row = _row(OFFICIAL_RAES, name)
+    if size: check_choice(DECODERS, size=size)
     encoder = ENCODERS[row['encoder']]
     side = row['input_size']//(14 if row['encoder'] == 'dinov2' else 16)
     pixels = {k: encoder[k] for k in ('image_mean', 'image_std') if k in encoder}

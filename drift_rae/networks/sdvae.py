@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine.files import fill
 from ..engine.parameters import (
     ParameterError, as_path, check_config, check_images, number, read_json, several)
-from ..engine.hub import check_sha256, hub_folder, is_repository, read_checkpoint
+from .hub import check_sha256, hub_folder, is_repository, read_checkpoint
 from .digests import commit_of, digests_of
 from .released import read_safetensors
 

@@ -15,8 +15,9 @@ from ..engine import launch
 from ..engine.checkpoints import is_finished
 from ..engine.command import run_command
 from ..engine.files import RunFolder, write_json
-from ..engine.parameters import (
-    RESUME, ParameterError, check_output, check_parameters, number, read_json, shown, text)
+from drift_rae.engine.parameters import (
+    RESUME, ParameterError, check_outside, check_output, check_parameters, check_whole, number,
+    read_json, shown, text)
 from ..imagenet.folders import encode_folder
 from ..networks.released import OFFICIAL_RAES
 from .encoders import (
@@ -39,6 +40,11 @@ def _check_bool(options):
         raise ParameterError(f"parameter flip={options['flip']!r}: accepted is False or True")
     check_parameters(dict(options, flip=int(options['flip'])), **dict(ENCODE_RULES, flip=(0, 1)))
     check_output(options['out'], folder=True)
+    kind = kind_of(options['encoder'])
+    users = dict(patch=('own',), channels=('own', 'timm'), weights=('timm',), layers=('timm',))
+    for name, kinds in users.items():
+        if kind not in kinds and options[name] not in ('', 0, '-1'): raise ParameterError(
+            f"{name}={options[name]}: encoder={options['encoder']} does not use it")
 
 def _source(images, dataset, root):
     "The folder of pictures; ParameterError if there are two sources or none"
@@ -148,6 +154,7 @@ def encode(
     _check_bool(options)
     size = options['size'] = size or default_size(encoder) or _released(encoder, 0)[1]
     folder, out = Pictures(_source(images, dataset, root), size), Path(out)
+    check_outside(out, folder.root)
     made_of = {k: v for k, v in options.items() if k not in
                ('images', 'dataset', 'root', 'out', 'workers', 'resume')}
     run = RunFolder(out, dict(options=made_of, images=folder.describe()))
@@ -183,6 +190,8 @@ def coloured_digits(
     per_class:int=100, # pictures of each colour
 )->Path: # the folder
     "Write white digits on coloured paper as a folder of small pictures of different sizes"
+    check_whole(1, 10**5, per_class=per_class)
+    check_output(folder, folder=True, name='folder')
     from PIL import Image
     from drift_rae.worlds.data import digits
     images = digits()[0]

@@ -17,7 +17,8 @@ from ..autoencoder import RAE, RAEDecoder, latent_statistics, train_encoder
 from ..engine import launch
 from ..engine.checkpoints import Checkpoints, is_finished
 from ..engine.files import RunFolder, atomic, fill, load_weights, save_weights
-from ..engine.parameters import ParameterError
+from ..engine.parameters import (
+    ParameterError, check_output, check_real, check_tensor, check_whole, shown)
 from ..engine.streams import stream
 from ..engine.training import train
 from ..imagenet.critics import (
@@ -34,7 +35,7 @@ def patch_of(
     size:int, # side of the pictures, in pixels
 )->int: # pixels per side of a token; ParameterError if the size has no such
     "The smallest patch with at most 4 tokens per side, or 8 for pictures beyond 32 pixels"
-    most = 4 if size <= 32 else 8
+    most = 4 if check_whole(8, 4096, size=size) <= 32 else 8
     fits = [p for p in range(4, size//2 + 1) if size % p == 0 and size//p <= most]
     if not fits: raise ParameterError(f'size={size}: accepted is a multiple of 4 from 8, '
                                       'such as 16, 32 or 64')
@@ -46,6 +47,7 @@ def own_encoder(
     patch:int=0, # pixels per side of a token; 0: as patch_of has it
 )->dict: # keywords of Encoder
     "The configuration of a small encoder; `ParameterError` for a patch that does not divide"
+    channels, patch = check_whole(0, 8192, channels=channels, patch=patch)
     patch = patch or patch_of(size)
     if size % patch: raise ParameterError(f'patch={patch}: it does not divide size={size}')
     channels = channels or min(96, max(32, 16*(patch**2//16)))
@@ -67,6 +69,7 @@ def train_small_encoder(
     resume:str='auto', # auto, never or must
 )->nn.Module: # frozen
     "The encoder, trained or, if the folder holds it finished, read"
+    check_tensor(images, f'N 3 {config["input_size"]} {config["input_size"]}', 'images')
     out, batch = Path(out), min(batch, len(images))
     identity = dict(config=config, steps=steps, batch=batch, seed=seed, images=about)
     folder = RunFolder(out, identity)
@@ -86,6 +89,7 @@ def kind_of(
     name:str, # as given with --encoder
 )->str: # own, timm or rae
     "Which kind of encoder a name means; ParameterError for another name"
+    if not isinstance(name, str): name = shown(name)
     if name == 'own': return 'own'
     if name.startswith('timm:') and name != 'timm:': return 'timm'
     if name in OFFICIAL_RAES or name == 'tiny' or os.path.isdir(name): return 'rae'
@@ -200,6 +204,7 @@ def train_own_decoder(
     resume:str='auto', # auto, never or must
 )->RAEDecoder: # the averaged one
     "Train a decoder by stage 1 or, if the folder holds it finished, read it"
+    check_tensor(pixels, 'N 3 H W', 'pixels', 'uint8')
     out, device, size = Path(out), launch.device(), pixels.shape[-1]
     with torch.no_grad(): side = encoder.to(device)(pixels[:1].to(device).float()/255).shape[-1]
     torch.manual_seed(seed)
@@ -231,6 +236,8 @@ def psnr(
     batch:int=64, # pictures at a time
 )->float: # decibels, mean over pictures
     "Peak signal-to-noise ratio of the reconstructions"
+    check_tensor(pixels, 'N 3 H W', 'pixels', 'uint8')
+    check_whole(1, batch=batch, pictures=len(pixels))
     found, device = [], next(rae.parameters()).device
     for part in pixels.split(batch):
         x = part.to(device).float()/255
@@ -257,6 +264,8 @@ def reconstruction_sheet(
 ):
     "Write held-out pictures above their reconstructions"
     import matplotlib.pyplot as plt
+    check_tensor(pixels, 'n 3 H W', 'pixels', 'uint8')
+    most, path = check_whole(1, most=most), check_output(path, name='path')
     chosen = torch.linspace(0, len(pixels) - 1, min(most, len(pixels))).long() # of all classes
     x = pixels[chosen].to(next(rae.parameters()).device).float()/255
     made = rae.decode(rae.encode(x))
@@ -271,7 +280,8 @@ def held_out(
     share:float=.05, # of all pictures
 )->Tensor: # bool [n], True where a picture is held out
     "A random twentieth of the pictures, 4 to 500 of them"
-    count = min(500, max(4, round(share*n)))
+    check_whole(1, pictures=n)
+    count = min(500, max(4, round(check_real(0, 1, share=share)*n)))
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.randperm(n, generator=stream(seed, 'held out'))[:count]] = True
     return chosen

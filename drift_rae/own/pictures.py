@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from ..engine.files import atomic, write_json
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_whole, shown
 from ..engine.progress import Progress
 from ..engine.streams import stream
 from ..imagenet.folders import ClassFolder, _cut, _load
@@ -28,10 +28,13 @@ def to_rgb(
     background:str='white', # below transparent pixels
 )->Image.Image: # mode RGB, the same size or turned
     "Three colour channels: rotation followed, transparency on a background, 16 bits scaled to 8"
+    if not isinstance(image, Image.Image):
+        raise ParameterError(f'image={shown(image)}: accepted is a picture of PIL')
     image = ImageOps.exif_transpose(image)
     if image.mode in ('I', 'F') or image.mode.startswith('I;'):
         x = np.asarray(image, dtype=np.float64)
-        top = 65535. if x.max() > 255 else 255.
+        if not np.isfinite(x).all(): raise ParameterError('the pixels have NaN or infinity')
+        top = 65535. if x.max() > 255 or image.mode.startswith('I;') else 255.
         image = Image.fromarray((255*x/top).clip(0, 255).round().astype(np.uint8))
     if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -67,6 +70,7 @@ def read_pictures(
     seed:int=0, # of the random part, if they are too many
 )->tuple: # uint8 [n, 3, size, size], labels int64 [n], errors by name
     "Pixels of the readable pictures in the order of the folder, or of a random part"
+    check_whole(0, 256, workers=workers)
     keep = max(1, most//(3*folder.size**2))
     order = torch.randperm(len(folder), generator=stream(seed, 'part'))[:keep].sort().values
     batches = [order[list(i)].tolist() for i in _cut(range(len(order)), 64)]

@@ -13,8 +13,9 @@ import torch
 from ..autoencoder import RAE
 from ..engine.command import run_command
 from ..engine.files import hash_weights, write_json
-from ..engine.parameters import (
-    MODELS, RESUME, ParameterError, check_output, check_parameters, number, read_json)
+from drift_rae.engine.parameters import (
+    MODELS, RESUME, ParameterError, check_outside, check_output, check_parameters, number,
+    read_json)
 from ..engine.streams import stream
 from ..evaluate import evaluate_images, load_reference
 from ..metrics.extractors import Extractor
@@ -112,6 +113,7 @@ def run(
                      seed=number(int, 0), resume=RESUME, nproc=number(int, 0))
     check_processes(model, 0, nproc)
     check_output(out, folder=True)
+    if images: check_outside(out, images)
     if images and nproc: _check_classes(Path(images).expanduser(), model, nproc)
     begin, out = time.perf_counter(), Path(out)
     latents, teacher = str(out/'latents'), str(out/'teacher')

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from ..engine.command import run_command
 from ..engine.figures import markdown_table
-from ..engine.parameters import (
-    MODELS, RESUME, SMALL, ParameterError, check_parameters, check_whole, number, text)
+from drift_rae.engine.parameters import (
+    MODELS, RESUME, SMALL, ParameterError, check_parameters, check_positive, check_whole, number,
+    text)
 from ..flow import DiTDH, FlowConfig, preset
 from ..imagenet.stage2 import start_flow
 from ..networks.cost import H100, forward_flops, parameters, step_flops
@@ -44,6 +45,7 @@ def measured_rate(
     repeats:int=3, # the best one counts
 )->float: # floating-point operations per second
     "What one core of this machine achieves in a forward and a backward pass"
+    batch, repeats = check_whole(1, batch=batch, repeats=repeats)
     c, threads, seconds = preset(name), torch.get_num_threads(), []
     model = DiTDH(**c)
     x = torch.randn(batch, c['in_channels'], c['input_size'], c['input_size'])
@@ -69,6 +71,7 @@ def size_table(
     names:tuple=MODELS[1:], # sizes
 ): # a Markdown table
     "Weights, least number of pictures and time of both trainings for each size"
+    cores, gpu = check_positive(cores=cores, gpu=gpu)
     rows = []
     for name in names:
         work = sum(run_operations(name))

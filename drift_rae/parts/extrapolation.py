@@ -32,9 +32,9 @@ def weak_side(
     guide='null', # null: the network without a label; or another network
 )->Tensor: # latents [N, C, h, w]
     "What guidance moves away from, on the same noise"
-    if not isinstance(guide, str): return end_at(guide, z, 1., labels)
+    if callable(guide): return end_at(guide, z, 1., labels)
     if guide != 'null':
-        raise ParameterError(f"guide={guide!r}: accepted is 'null', 'condition' or a network")
+        raise ParameterError(f"guide={shown(guide)}: accepted is 'null', 'condition' or a network")
     if model.null_label is None:
         raise ParameterError("guide='null': this network has no null label; accepted is a network")
     return end_at(model, z, 1., torch.full_like(labels, model.null_label))
@@ -46,7 +46,7 @@ def extrapolated_weights(
     w:float, # strength
 )->dict: # name -> tensor, as a state_dict
     "Weights strong + w (strong - weak); tensors of whole numbers are those of strong"
-    a, b = strong.state_dict(), weak.state_dict()
+    a, b, w = strong.state_dict(), weak.state_dict(), check_real(w=w)
     if {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()}:
         raise ParameterError('guidance in weights: the weak network has other tensors; accepted is '
                              "one of the generator's own architecture")
@@ -133,6 +133,7 @@ def in_steps(
 )->Tensor: # latents [N, C, h, w]
     "x = z - v(z, 1); then for each further time x_t = (1-t) x + t noise, x = x_t - t v(x_t, t)"
     if z.ndim == 4: return end_at(model, z, 1., labels)
+    times = check_extensions('null', 0, times)[2]
     with torch.no_grad():
         x = torch.zeros_like(z[:, 0])
         for i in range(z.shape[1]-1):

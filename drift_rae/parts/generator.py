@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from ..autoencoder import RAE, check_statistics
 from ..networks.vit import RAEDecoder
@@ -20,16 +20,16 @@ from ..engine.progress import Progress
 from ..engine.streams import check_labels, check_seed, stream
 from ..engine.files import fill, load_weights, save_weights, weights_path, write_json
 from ..flow import DiTDH
-from ..engine.hub import check_target, fetch_file, is_repository
+from ..networks.hub import check_target, fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
 from .extrapolation import (InWeights, check_extensions, extension_entries,
                                            guided_step, in_steps)
-from ..sharing.card import check_about, figures_beside, model_card
+from ..sharing.card import Shareable, check_about, figures_beside, model_card
 from ..sharing.onnx import export_onnx as write_onnx # `export_onnx` is a method here
 from ..sharing.pictures import as_output, numbered, write_grid, write_numbered
 
 # %% ../../nbs/parts/05a_generator.ipynb #4f3edbf5
-class OneStepGenerator(nn.Module, PyTorchModelHubMixin):
+class OneStepGenerator(nn.Module, Shareable):
     "From labels to images in one step: noise, G(z) = z - v(z, 1) (8), decoder"
     def __init__(self,
         model:nn.Module, # the distilled flow model
@@ -300,10 +300,11 @@ def load_generator(
 )->OneStepGenerator:
     "Read a one-step generator; a clear message if a file is missing, damaged or does not fit"
     moved = check_target(device, dtype) # before anything is read
-    name_or_path = as_path(name_or_path, 'generator') if name_or_path != 'tiny' else 'tiny'
-    if is_repository(name_or_path):
+    shipped = name_or_path == 'tiny' # ./tiny is a folder
+    if not shipped: name_or_path = as_path(name_or_path, 'generator')
+    if not shipped and is_repository(name_or_path):
         name_or_path = fetch_file(str(name_or_path), 'generator.safetensors', revision).parent
-    folder = '' if str(name_or_path) == 'tiny' else name_or_path
+    folder = '' if shipped else name_or_path
     tensors, config = load_weights(weights_path('tiny/generator', folder))
     def part(name): return {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
     unknown = sorted(set(config) - _ENTRIES)

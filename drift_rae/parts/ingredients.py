@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from ..autoencoder import RAE
-from ..engine.parameters import MODELS, ParameterError, check_choice, check_output
+from ..engine.parameters import (
+    MODELS, ParameterError, as_path, check_choice, check_output, check_resume, shown)
 from ..engine.files import write_json
 from ..flow import load_teacher
-from ..engine.hub import is_repository
+from ..networks.hub import is_repository
 from ..worlds.data import digits
 from ..worlds.latents import latent_store, read_manifest
 from .recipe import DistillConfig, fit_counts
@@ -108,6 +109,8 @@ def check_store(
     store, # latent store
 ):
     "A clear message (`ParameterError`) if the latents cannot give what the configuration needs"
+    if not hasattr(store, 'num_classes'):
+        raise ParameterError(f'store={shown(store)}: accepted is a LatentStore')
     if config.n_class > store.num_classes:
         raise ParameterError(f'n_class={config.n_class}: there are {store.num_classes} classes')
     if config.n_pos > min(store.counts):
@@ -122,7 +125,7 @@ def writable(
     folder:str|Path, # made if need be
 )->Path:
     "The folder; a clear message (`ParameterError`) if nothing can be written there"
-    folder = Path(folder)
+    folder = as_path(folder, 'folder')
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     if missing: _new[folder.absolute()] = missing
     try:
@@ -152,8 +155,7 @@ def check_start(
 ):
     "`ParameterError` for a run that cannot begin; reads nothing but the names of checkpoints"
     check_output(out, folder=True)
-    if resume == 'must' and not list((Path(out)/'checkpoints').glob('*.json')):
-        raise ParameterError(f'resume=must: there is no checkpoint in {out}')
+    check_resume(out, resume)
     made = config.n_neg + config.n_extra_neg
     least, memory = 4*made*(made + config.n_pos), memory_here() # the distances of one class
     if least > memory:

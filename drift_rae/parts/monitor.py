@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from ..engine.files import atomic, write_json
-from ..engine.parameters import ParameterError, check_real, check_whole
+from ..engine.parameters import (
+    ParameterError, check_output, check_real, check_whole, shown)
 from ..engine.streams import stream
 from ..metrics.frechet import FeatureStatistics, frechet_distance, statistics
 from ..flow import one_step
@@ -49,7 +50,9 @@ class Monitor:
     ):
         every, batch = check_whole(1, every=every, batch=batch)
         samples, stop_above = check_whole(2, samples=samples), check_real(0, stop_above=stop_above)
-        self.store, self.decode, self.folder = store, decode, Path(folder)
+        if not hasattr(store, 'num_classes'):
+            raise ParameterError(f'store={shown(store)}: accepted is a LatentStore')
+        self.store, self.decode, self.folder = store, decode, check_output(folder, folder=True)
         self.every, self.stop_above, self.batch = every, stop_above, batch
         self.precision = precision
         self.labels = torch.arange(samples) % store.num_classes

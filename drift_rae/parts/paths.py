@@ -13,10 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..engine import launch
-from ..engine.parameters import (
-    ParameterError, check_choice, check_positive, check_whole)
+from drift_rae.engine.parameters import (
+    ParameterError, check_choice, check_positive, check_shape, check_tensor, check_whole,
+    shown)
 from ..engine.streams import stream
 from ..worlds.latents import prefetch
+
+# %% ../../nbs/parts/02e_paths.ipynb #8395b717
+def _check_pair(data, noise):
+    "`ParameterError` unless noise is a tensor of the shape of the data"
+    check_tensor(data, '', 'data')
+    check_tensor(noise, ' '.join(map(str, data.shape)), 'noise')
 
 # %% ../../nbs/parts/02e_paths.ipynb #2fb9dce3
 def flow_path(
@@ -25,6 +32,8 @@ def flow_path(
     t:Tensor, # times [N]
 )->Tensor: # y_t [N, C, h, w]
     "Equation (1): y_t = (1 - t) y + t eps"
+    _check_pair(data, noise)
+    check_tensor(t, f'{len(data)}', 't')
     t = t.view(-1, *[1]*(data.ndim-1))
     return (1 - t)*data + t*noise
 
@@ -34,6 +43,7 @@ def flow_velocity(
     noise:Tensor, # eps, same shape
 )->Tensor: # the regression target of (2) to (4)
     "dy_t/dt = eps - y"
+    _check_pair(data, noise)
     return noise - data
 
 # %% ../../nbs/parts/02e_paths.ipynb #22444e18
@@ -42,6 +52,7 @@ def time_shift(
     shift:float, # s; 1 changes nothing
 )->Tensor: # shifted times, same shape
     "s t / (1 + (s - 1) t); 0 stays 0 and 1 stays 1"
+    check_positive(shift=shift)
     return shift*t/(1 + (shift - 1)*t)
 
 # %% ../../nbs/parts/02e_paths.ipynb #0ef2adc3
@@ -49,7 +60,7 @@ def default_shift(
     latent_shape, # (C, h, w)
 )->float: # s
     "sqrt(C h w / 4096): 6.93 for the latents of DINOv2-B at 16x16 tokens"
-    return math.sqrt(math.prod(latent_shape)/4096)
+    return math.sqrt(math.prod(check_shape(latent_shape, name='latent_shape'))/4096)
 
 # %% ../../nbs/parts/02e_paths.ipynb #39479d5e
 T_MAX = .999 # largest time before the shift in training; last step of the sampling grid
@@ -63,6 +74,8 @@ def sample_time(
     "Times of a training batch: truncated to [0, 0.999], then shifted"
     n, _ = check_whole(0, n=n), check_positive(shift=shift)
     check_choice(('logit-normal', 'uniform'), time=time)
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise ParameterError(f'generator={shown(generator)}: accepted is a torch.Generator')
     device = generator.device if generator else 'cpu'
     u = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
     if time == 'uniform': t = T_MAX*u
@@ -79,6 +92,7 @@ def flow_draw(
     generator:torch.Generator=None, # source of times and noise
 )->tuple: # times [N], noise [N, C, h, w]
     "The random numbers of a training batch"
+    check_tensor(latents, '', 'latents')
     t = sample_time(len(latents), time, shift, generator).to(latents)
     device = generator.device if generator else latents.device
     return t, torch.randn(latents.shape, generator=generator, device=device).to(latents)
@@ -104,7 +118,7 @@ def time_grid(
     shift:float=1., # time shift
 )->Tensor: # float32, falling, [steps], or [1, 0] for one step
     "The official sampling times: 1 - linspace(0, 0.999, steps), shifted"
-    steps, _ = check_whole(1, steps=steps), check_positive(shift=shift)
+    steps, _ = check_whole(1, 10**6, steps=steps), check_positive(shift=shift)
     if steps == 1: return torch.tensor([1., 0.])
     return time_shift(1 - torch.linspace(0, T_MAX, steps), shift)
 

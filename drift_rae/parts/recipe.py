@@ -258,7 +258,7 @@ def check_world(
     world:int, # number of processes
 ):
     "A clear message (`ParameterError`) if this many processes cannot share a step"
-    n = config.n_class
+    n, world = config.n_class, check_whole(1, processes=world)
     if world <= n:
         if config.sharding == 'ddp' or n % world == 0: return
         raise ParameterError(f'n_class={n} on {world} processes with sharding=fsdp: each must have '

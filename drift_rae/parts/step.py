@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, check_whole
 from ..engine.streams import stream
 from ..drifting import drift_loss
 from ..flow import one_step
@@ -45,6 +45,7 @@ def step_labels(
     label_dropout:float=0., # share of groups without a class
 )->list: # n different class indices; num_classes is the group without a class
     "The classes of a step, drawn without replacement"
+    n = check_whole(1, num_classes, n=n)
     labels = torch.randperm(num_classes, generator=stream(seed, 'classes', step))[:n].tolist()
     if not label_dropout: return labels
     dropped = torch.rand((), generator=stream(seed, 'no class', step)) < label_dropout*n

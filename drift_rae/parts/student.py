@@ -8,7 +8,8 @@ __all__ = ['make_student', 'fresh_model', 'through_images']
 # %% ../../nbs/parts/05a_student.ipynb #307cba92
 import copy, inspect
 import torch
-from ..engine.parameters import ParameterError
+from ..engine.parameters import ParameterError, shown
+from ..engine.streams import check_seed
 from ..flow import DiTDH, preset
 
 # %% ../../nbs/parts/05a_student.ipynb #a8349d05
@@ -16,6 +17,8 @@ def make_student(
     teacher:DiTDH, # flow model
 )->DiTDH: # a copy in evaluation mode, with gradients where the architecture has them
     "The generator's starting point: theta initialised from the flow model (8)"
+    if not isinstance(teacher, DiTDH):
+        raise ParameterError(f'teacher={shown(teacher)}: accepted is a DiTDH, see load_teacher')
     student = copy.deepcopy(teacher).eval()
     with torch.device('meta'): fresh = DiTDH(**teacher.config) # says which tensors are trained
     for p, q in zip(student.parameters(), fresh.parameters()): p.requires_grad_(q.requires_grad)
@@ -31,7 +34,7 @@ def fresh_model(
     config = preset(model)
     if store is not None: config = preset(model, store.latent_shape, store.num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(check_seed(seed))
         return DiTDH(**config).eval()
 
 # %% ../../nbs/parts/05a_student.ipynb #9a13531b

@@ -157,11 +157,13 @@ def noise_generators(
 # %% ../../nbs/parts/03b_weights.ipynb #ed55615e
 def _check_weights(name, w, shape):
     "A clear message for sample weights of a wrong shape or sign"
-    if w.shape != shape:
-        raise ParameterError(f'{name} is {list(w.shape)}: accepted is {list(shape)}')
+    check_tensor(w, f'{shape[0]} {shape[1]}', name)
     if not bool(((w >= 0) & w.isfinite()).all()):
         raise ParameterError(f'{name} has negative or infinite entries: '
                              'accepted are numbers from 0')
+    if name == 'weight_pos' and not bool((w > 0).any(1).all()):
+        raise ParameterError('weight_pos: a row has only zeros, so nothing would attract; '
+                             'accepted is a number above 0 in each row')
 
 # %% ../../nbs/parts/03b_weights.ipynb #203c2c49
 def check_samples(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from ..autoencoder import RAE
 from ..engine.files import write_json
+from ..engine.parameters import check_real, check_shape, check_tensor, check_whole
 from ..flow import load_teacher, time_grid
 from ..parts.generator import OneStepGenerator
 from .onnx import export_decoder, export_velocity
@@ -31,6 +32,7 @@ def browser_noise(
     shape:tuple, # of one latent, (C, h, w)
 )->Tensor: # float64 [C, h, w], standard normal
     "The noise that the page draws for a seed: mulberry32 and Box-Muller"
+    seed, shape = check_whole(0, 2**32 - 1, seed=seed), check_shape(shape, len(shape))
     n = math.prod(shape)
     u = _uniform(seed, n + n % 2).reshape(-1, 2)
     radius, angle = np.sqrt(-2*np.log(1 - u[:, 0])), 2*np.pi*u[:, 1]
@@ -44,6 +46,8 @@ def between(
     s:float, # 0 gives a, 1 gives b
 )->Tensor: # float32, same shape
     "A point on the quarter circle from a to b; the variance of independent noises stays 1"
+    s = check_real(0, 1, s=s)
+    check_tensor(b, ' '.join(map(str, check_tensor(a, '', 'a').shape)), 'b')
     return (math.cos(s*math.pi/2)*a + math.sin(s*math.pi/2)*b).float()
 
 # %% ../../nbs/sharing/05e_live.ipynb #6927bba2

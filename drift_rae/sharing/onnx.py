@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..engine.parameters import ParameterError, check_output
+from ..engine.parameters import ParameterError, check_output, shown
 
 # %% ../../nbs/sharing/04a_onnx.ipynb #1ca31cc6
 class NoiseToImages(nn.Module):
@@ -60,6 +60,8 @@ def _check_packages():
 # %% ../../nbs/sharing/04a_onnx.ipynb #b04fe944
 def _device(module):
     "The device of a module's weights; a clear message if the weights are not float32"
+    if not isinstance(module, nn.Module):
+        raise ParameterError(f'{shown(module)}: accepted is a network')
     weights = [p for p in module.parameters() if p.is_floating_point()]
     other = {str(p.dtype) for p in weights} - {'torch.float32'}
     if other: raise ParameterError(
@@ -169,6 +171,6 @@ def export_decoder(
 
     Input: `latents`, float32 [batch, C, h, w]. Output: `images`, float32 [batch, 3, H, W] in
     [0, 1]. Errors and large files: as in `export_onnx`."""
-    module = LatentsToImages(autoencoder)
-    latents = torch.zeros(2, *autoencoder.latent_shape, device=_device(module))
+    device, module = _device(autoencoder), LatentsToImages(autoencoder)
+    latents = torch.zeros(2, *autoencoder.latent_shape, device=device)
     return _write(module, dict(latents=latents), 'images', path)

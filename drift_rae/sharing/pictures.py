@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..engine.parameters import (
-    ParameterError, check_choice, check_images, check_whole, shown)
+    ParameterError, check_choice, check_images, check_tensor, check_whole, shown)
 from ..engine.files import atomic
 
 # %% ../../nbs/sharing/01b_pictures.ipynb #0f9a433e
@@ -45,8 +45,8 @@ def crop_to(
     size:int, # pixels of a side
 )->Tensor: # [N, 3, size, size]
     "The largest square in the middle, scaled to `size` with antialiasing"
-    h, w = images.shape[-2:]
-    side = min(h, w)
+    h, w = check_tensor(images, 'N 3 H W', 'images').shape[-2:]
+    side, size = min(h, w), check_whole(1, 10**5, size=size)
     top, left = (h - side)//2, (w - side)//2
     images = images[..., top:top+side, left:left+side]
     if side == size: return images
@@ -125,7 +125,8 @@ def write_grid(
     least:int=64, # pixels of an image's side; smaller images are enlarged by a whole number
 ):
     "Write images as one picture, without margins"
-    times = max(1, -(-least//images.shape[-1]))
+    check_whole(1, columns=columns, images=len(images))
+    times = max(1, -(-check_whole(1, least=least)//images.shape[-1]))
     x = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=1.) # white at the end
     x = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..autoencoder import RAE
-from ..engine.parameters import ParameterError, check_choice, check_real, check_whole
+from ..engine.parameters import (
+    MODELS, ParameterError, check_choice, check_real, check_whole)
 from ..engine.files import hash_weights
 from ..engine.streams import check_seed
 from ..flow import load_teacher, sample as sample_flow
@@ -40,6 +41,7 @@ def guidance_of(
     guide:str='', # weaker model: name or file; none: the same model without label; empty: Table 4's
 )->dict: # guidance (number), interval (two times), guide (name or file; empty: without label)
     "The guidance that a program's parameters mean; ParameterError says what is accepted"
+    check_choice(MODELS, model=model)
     if check_real(guidance=guidance) < 1 and guidance != 0:
         raise ParameterError(f'guidance={guidance}: accepted is a number from 1 (none), or 0 '
                              '(the default of this teacher)')
@@ -152,7 +154,10 @@ def make_images(
 )->GeneratedImages:
     "Class-balanced images of the student or of its teacher, on the same noises for both"
     block, per_class = check_whole(1, block=block, per_class=per_class)
-    steps = check_whole(0, steps=steps)
+    steps = check_whole(0, 10**6, steps=steps)
+    if not steps and (teacher or autoencoder): raise ParameterError(
+        f'teacher={teacher!r}, autoencoder={autoencoder!r}: steps=0 is the student, which has its '
+        'own; accepted are both with steps from 1')
     check_choice(QUANTISE, quantise=quantise)
     seed, guidance = check_seed(seed), check_real(guidance=guidance)
     check_guidance(extrapolation, weak)

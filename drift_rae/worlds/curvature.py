@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ..geometry import trajectory_frame
 from ..parts.paths import sample_euler
-from ..engine.parameters import ParameterError
+from ..engine.parameters import check_choice, check_real, check_tensor
 
 # %% ../../nbs/worlds/05e_curvature.ipynb #5e2a6264
 COORDINATES = ('flow', 've', 'vp')
@@ -22,8 +22,9 @@ def change_coordinates(
     to:str='flow', # 'flow', 've' (only points with sigma <= 80) or 'vp'
 )->Tensor: # [n_traj, at most n_points, D]
     "Write flow trajectories in the coordinates of another diffusion process"
-    if to not in COORDINATES:
-        raise ParameterError(f"to={to!r}: accepted is one of {', '.join(COORDINATES)}")
+    check_choice(COORDINATES, to=to)
+    check_tensor(trajectories, 'n P D', 'trajectories')
+    check_tensor(times, f'{trajectories.shape[1]}', 'times')
     if to == 'flow': return trajectories
     if to == 'vp': return trajectories/((1 - times)**2 + times**2).sqrt()[:, None]
     keep = times <= 80/81 + 1e-6
@@ -62,6 +63,8 @@ def middle_trajectories(
     keep:float=.8, # share that stays
 )->Tensor: # indices, int64
     "Chen et al.'s choice: drop both extremes of sum(y^2 + 10 z^2) over the points"
+    check_tensor(frames, 'n P 3', 'frames')
+    keep = check_real(0, 1, keep=keep)
     size = (frames[..., 1]**2 + 10*frames[..., 2]**2).sum(1)
     n = int(len(frames)*keep)
     first = (len(frames) - n)//2

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..engine import launch
+from ..engine.parameters import check_whole
 from ..engine.sharding import fast_products
 from ..engine.streams import stream
 from ..flow import one_step, sample
@@ -111,8 +112,9 @@ def evaluate_run(
     **parts, # as for load_parts: model, teacher, latents, autoencoder, store, seed
 )->dict|None: # measured, apart, images (name -> uint8 [n, 3, H, W]); None but on the first process
     "One process of the evaluation of a run; the images are those of rows_shown"
+    check_whole(1, each=each, batch=batch, real=real)
+    device, student = launch.device(), load_generator(out).model # first: it may be missing
     store, rae, teacher = load_parts(**parts)
-    device, student = launch.device(), load_generator(out).model
     half = torch.autocast(device.type, torch.bfloat16) if precision == 'bfloat16' else nullcontext()
     options = dict(sampler or {})
     if guide: options['guide'] = load_guide(guide, teacher.to(device))

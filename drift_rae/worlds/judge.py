@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..engine.parameters import ParameterError, check_images, check_tensor
+from ..engine.parameters import (
+    ParameterError, check_images, check_tensor, check_whole)
 from ..engine.files import hash_weights, load_weights, weights_path
-from ..engine.streams import stream
+from ..engine.streams import check_labels, stream
 from ..engine.training import fit
 from .data import deform
 from ..metrics.extractors import EXTRACTORS, Extractor, load_extractor
@@ -72,6 +73,9 @@ def train_judge(
     seed:int=0, # of the initialisation and of the deformations
 )->tuple: # judge (frozen), loss of each step
     "Train the classifier by cross-entropy and set the scale of its features"
+    check_images(images, least=1)
+    labels = check_labels(labels, 10, n=len(images))
+    check_whole(1, steps=steps, batch=batch)
     torch.manual_seed(seed)
     judge, g = Judge(), stream(seed, 'judge')
     def loss(step):

@@ -21,6 +21,7 @@ from ..autoencoder import RAE
 from ..engine.parameters import (
     ParameterError, as_path, check_output, check_whole, read_json)
 from ..engine.files import hash_weights
+from ..networks.hub import check_target
 from ..engine.streams import check_labels, stream
 from .data import training_digits
 from .shards import (
@@ -299,6 +300,7 @@ def latent_store(
     dtype:torch.dtype=torch.float32, # of what is drawn from a store on disk; None = as it is stored
 )->LatentStore: # latents are normalised
     "The training set's latents: the digits encoded on the spot, or a store on disk"
+    check_target(None, dtype)
     if path: return open_latents(path, autoencoder, dtype=dtype)
     if model != 'tiny': raise ParameterError(f'model={model!r} needs the latents of ImageNet: '
         'give latents=FOLDER, written by nbs/imagenet/02_folders.ipynb')

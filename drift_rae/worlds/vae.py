@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..networks.vit import DECODERS, ENCODERS, Encoder, RAEDecoder
 from ..engine.files import fill, load_weights, weights_path
-from ..engine.parameters import check_images, check_tensor
+from ..engine.parameters import (
+    check_images, check_real, check_tensor, check_whole)
 from ..engine.streams import stream
 from ..engine.training import fit
 
@@ -93,6 +94,9 @@ def train_vae(
     seed:int=0, # of the initialisation, the batches and the posterior samples
 )->tuple: # VAE (frozen, with its scale set), loss of each step
     "Train the miniature's VAE and set the scalar that gives its latents unit variance"
+    check_images(images, least=1)
+    check_whole(1, steps=steps, batch=batch)
+    check_real(0, beta=beta)
     torch.manual_seed(seed)
     vae, g = VAE(), stream(seed, 'vae')
     def loss(step):
