@@ -26,7 +26,7 @@ def test_the_table_says_how_long_a_step_waits(tmp_path):
     def slow(label, n, generator): time.sleep(.05); return draw(label, n, generator)
     store.draw = slow
     _, rows = distill(small_runs.teacher(), store, small_runs.config(), folder=tmp_path)
-    assert rows[0]['seconds_waiting'] > .15 # four classes of 50 ms each; later ones are read while a busy machine computes
+    assert max(r['seconds_waiting'] for r in rows) > .02 # four classes of 50 ms each, less what a busy machine computes meanwhile
     assert all(r['seconds_waiting'] >= 0 for r in rows)
     assert float(list(csv.DictReader(open(tmp_path/'log.csv')))[-1]['seconds_waiting']) == rows[-1]['seconds_waiting']
     _, rows = distill(small_runs.teacher(), store, small_runs.config(readers=16, steps=12))
