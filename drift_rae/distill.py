@@ -32,7 +32,7 @@ from .parts.workers import (
     may_start_workers, prepare_workers, processes_for, start_method)
 from .worlds.reading import Ahead
 from .engine.checkpoints import Checkpoints, finished_rows, is_finished
-from .engine.training import train
+from .engine.training import ema_decay, ema_update, train
 from .engine import launch, sharding
 
 # %% ../nbs/06_distill.ipynb #a59d2ea5
@@ -102,6 +102,16 @@ def _checkpoints(folder, config, seed, teacher, store, autoencoder):
                        identity=_identity(config, seed, teacher, store, autoencoder),
                        grows=_grows(config))
 
+# %% ../nbs/06_distill.ipynb #ebf16182
+def _after_step(callback, student, average, also):
+    "What `train` calls after a step, or None: further averages first, then the caller's function"
+    if not (callback or also): return None
+    def after(step, row):
+        for model, decay in (also or {}).items():
+            ema_update(model, student, ema_decay(step, *decay))
+        return callback and callback(step, row, average)
+    return after
+
 # %% ../nbs/06_distill.ipynb #789e6659
 def distill(
     teacher:nn.Module, # flow model; the student starts from its weights
@@ -114,6 +124,7 @@ def distill(
     callback=None, # (step, row, average) after each step, on every process; a message stops the run
     autoencoder=None, # on that device; needed if the configuration has decode_encode
     maps:tuple=None, # other maps for drift_step than the configuration's; only without a folder
+    also:dict=None, # model -> (decay, warm-up): further averages, without a folder, on one process
 )->tuple: # the averaged student, the log: one dict per step
     "Drift-RAE: distil a flow model into a one-step generator by the drifting field"
     if not isinstance(config, DistillConfig):
@@ -126,6 +137,8 @@ def distill(
     if maps and (folder or config.decode_encode):
         raise ParameterError('maps: accepted without a folder for checkpoints, and without '
                              'decode_encode=True, which is a map itself')
+    if also and (folder or launch.world_size() > 1):
+        raise ParameterError('also: accepted without a folder for checkpoints, on one process')
     maps, taus = maps or maps_of(config, autoencoder), config.drift.temperatures
     device = torch.device(device or next(teacher.parameters()).device)
     student, average = _student_and_average(teacher, config, device)
@@ -136,7 +149,7 @@ def distill(
             lr=config.lr, betas=config.betas, clip=config.clip, average=average, decay=config.ema,
             checkpoints=_checkpoints(folder, config, seed, teacher, store, autoencoder),
             resume=resume, log=folder and Path(folder)/'log.csv', sharding=config.sharding,
-            callback=callback and (lambda step, row: callback(step, row, average)),
+            callback=_after_step(callback, student, average, also),
             shown=lambda row: _shown(row, taus))
     finally: ahead.close()
     return average, rows

@@ -15,7 +15,7 @@ from .engine.parameters import ParameterError, check_choice, check_positive, che
 from .metrics.distances import distances, full_precision, squared_norm
 from .parts.weights import (
     _CHOICES, _check_plain, NoiseRows, Samples, check_samples, field_weights, laplace_noise,
-    noise_generators, weighted_difference)
+    noise_generators, weight_without_y, weighted_difference, y_reading)
 _all_ = ['distances', 'laplace_noise']
 
 # %% ../nbs/04_drifting.ipynb #8c456b94
@@ -28,13 +28,14 @@ def plain_field(
     noise:Tensor=None, # n of (12) [B, N+P, D]
     self_term:str='masked', # 'kept': k = j stays in the sum
     y_softmax:bool=False, # times a softmax over generated samples, and the root
+    without_y:str='auto', # what is left of root and floor without it, see y_reading
     floor:float=0., # smallest product under that root
     softmax:str='separate', # 'joint': one softmax over both sides
     normalisation:str='none', # 'unit': |V| = 1; 'rms': root mean square 1
 )->Tensor: # V_j [B, N, D]
     "Equation (11) and its variants, to be read; `drift_field` computes the same fast"
     _check_plain(gen, pos, neg, tau, scale=scale, softmax=softmax, self_term=self_term,
-                 normalisation=normalisation)
+                 normalisation=normalisation, without_y=without_y)
     x = gen if neg is None else torch.cat([gen, neg], 1) # x_k [B, K, D]
     if scale == 'mean': tau = tau*distances(gen, torch.cat([x, pos], 1), same=True).mean()
     if noise is not None: x = x + tau*noise # (12)
@@ -42,8 +43,9 @@ def plain_field(
     if self_term == 'masked': d.diagonal(dim1=1, dim2=2).fill_(math.inf) # k = j
     sides = [d] if softmax == 'joint' else d.split((x.shape[1], pos.shape[1]), -1)
     w = torch.cat([(-side/tau).softmax(-1) for side in sides], -1)
-    if y_softmax: w = (w*(-d/tau).softmax(1)).sqrt()
-    q, p = w.clamp(min=math.sqrt(floor)).split((x.shape[1], pos.shape[1]), -1)
+    if y_softmax: w = (w*(-d/tau).softmax(1)).clamp(min=floor).sqrt()
+    else: w = weight_without_y(w, y_reading(y_softmax, without_y, floor), floor)
+    q, p = w.split((x.shape[1], pos.shape[1]), -1)
     Q, P = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
     q, p = (q*P, p*Q) if softmax == 'joint' else (q/Q, p/P)
     V = p@pos - q@x # both sides have the same sum, so x_j drops out
@@ -75,7 +77,8 @@ class DriftConfig:
     "Every switch of the field and its loss; by default rows B and C of Table 3 without noise"
     temperatures:tuple=(.02, .05, .2) # tau of (5); a field is computed at each
     y_softmax:bool=False # times a second softmax, over generated samples; the root of the product
-    floor:float=0. # smallest product under that root (original: 1e-6); without: sqrt(floor)
+    without_y:str='auto' # what is left without it: 'factor', 'floor', 'plain', 'square'
+    floor:float=0. # smallest product under that root (original: 1e-6)
     softmax:str='separate' # each side sums to one (11); 'joint': one softmax over both (original)
     scale:str='mean' # 'mean': tau times the mean distance; 'raw': tau as it is
     scope:str='call' # the mean distance is one number per 'call', per 'class' or per 'token'
@@ -195,7 +198,7 @@ def _moved(c, parts, kept, noise, out):
 def _switches(c, tau):
     "The arguments of `field_weights` at a temperature"
     shift = 100/tau if c.guards == 'original' else math.inf
-    return dict(y_softmax=c.y_softmax, joint=c.softmax == 'joint', floor=c.floor,
+    return dict(y_softmax=c.y_softmax, without_y=c.without_y, joint=c.softmax == 'joint', floor=c.floor,
                 self_shift=shift if c.self_term == 'masked' else 0.)
 
 # %% ../nbs/04_drifting.ipynb #fc33203f

@@ -166,3 +166,78 @@ def test_papermill_runs_a_command_dry(tmp_path):
     made = (tmp_path/words[2]).read_text()
     assert 'dry run: 600 steps of 4 classes x (32 + 0) generated and 32 real samples are ready to start' in made
     assert '`drift.y_softmax` | True |' in made and '`drift.perturbation` | off |' in made
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-.1, .1), st.floats(.001, .05), st.integers(2, 8), st.integers(1, 6), st.sampled_from(['better', 'worse', 'equal']))
+def test_chances_of_verdicts_add_up(difference, spread, seeds, family, says):
+    from drift_rae.metrics.verdicts import power, verdict_chances
+    chances = verdict_chances(difference, says, spread, seeds, family)
+    assert math.isclose(sum(chances.values()), 1, abs_tol=1e-9) and min(chances.values()) > -1e-9
+    if says != 'equal': assert chances['reproduced'] == power(difference, spread, seeds, family)
+    else: assert math.isclose(chances['not reproduced'], verdict_chances(-difference, says, spread, seeds, family)['not reproduced'], abs_tol=1e-9)
+
+def test_equal_without_power_has_no_verdict_unless_a_difference_is_found():
+    from drift_rae.metrics.verdicts import NO_POWER
+    wide, narrow = .02*np.array([-1, 0, 1, .5, -.5]), .001*np.array([-1, 0, 1, .5, -.5])
+    claim = [Claim('x', 'equal', 'y')]
+    assert verdicts(claim, [wide]) == [NO_POWER] and verdicts(claim, [narrow]) == ['reproduced']
+    assert verdicts(claim, [wide + .2]) == ['not reproduced']
+    assert verdicts([Claim('x', 'worse', 'y')], [3*wide]) == ['undecided at this scale'] # others keep their word
+
+def test_the_readings_are_rows_and_the_old_one_keeps_its_results():
+    from drift_rae.ablations import rows_of
+    old, new = rows_of('5 square'), rows_of('5 original')
+    use, _ = stored(RESULTS)
+    for name in ('y-softmax removed', 'both'):
+        assert old[name].config().drift.without_y == 'square' and new[name].config().drift.without_y == 'auto'
+        assert recipe_hash(old[name].config()) != recipe_hash(new[name].config())
+        assert sum(h == recipe_hash(old[name].config()) for h, _ in use) == 5
+    assert {r.config().drift.without_y for r in rows_of('5 readings').values()} == {'auto', 'factor', 'floor', 'plain', 'square'}
+
+# rows at their best
+
+def a_run(row, rate, seed, folder, fd):
+    "A stored run of the search or of what is reported, with invented distances: average -> epoch -> FD"
+    from drift_rae import tuned
+    made = dict(noise_seed=10_000 + seed, rate=rate, reads={a: {str(e): dict(fd=fd + .01*(a == 'slow') + .001*e) for e in tuned.EPOCHS} for a in tuned.AVERAGES},
+                figures=dict(fd=fd), seconds=dict(cpu=1., evaluation=1.), clipped=1.)
+    from drift_rae.parts.bench import cached
+    per_class = tuned.SEARCH_IMAGES if seed == tuned.SEARCH_SEED else tuned.FRESH_IMAGES
+    return cached('tuned', f'{row.table} {row.name} x{rate:g}', seed, tuned._what(row, rate, per_class), lambda: made, folder)
+
+def test_the_search_ends_before_the_report_and_widens_at_an_edge(tmp_path):
+    from drift_rae import tuned
+    from drift_rae.ablations import rows_of
+    rows = rows_of('3')
+    def todo(): return [(row.name, rate, seed) for row, rate, seed in tuned._todo(['3'], (10, 11), tmp_path)] if complete() else None
+    def complete(): return all(tuned.best_point(tuned.searched(r, tmp_path)) for r in rows.values())
+    order = []
+    for row, rate, seed in tuned._todo(['3'], (10, 11), tmp_path):
+        order.append((row.name, rate, seed))
+        a_run(row, rate, seed, tmp_path, fd={.25: 2.5, .5: 2., 1: 1.5, 2: 1.2, 4: 1.3}[rate] if row.name != 'B' else 1.4 + abs(rate - 1))
+    assert order[:9] == [(n, rate, 100) for rate in (1, 2, .5) for n in 'ABC'] # in rounds
+    assert order[9:11] == [('A', 4, 100), ('C', 4, 100)] # the best rate of B is inside
+    assert order[11:] == [(n, {'A': 2, 'B': 1, 'C': 2}[n], seed) for seed in (10, 11) for n in 'ABC']
+    assert complete() and todo() == []
+    assert tuned.best_point(tuned.searched(rows['A'], tmp_path)) == (2, 'fast', 4)
+    v = tuned.read_at('3', 'best', tmp_path)[Claim('B', 'better', 'A')]
+    assert len(v.ratios) == 2 and math.isclose(v.ratios[0], math.log(1.404/1.204))
+    assert tuned.read_text(tuned.read_at('6').get(Claim('128+128', 'equal', '64+192'))) == 'not run'
+    assert tuned.tuned_fd(rows['A'], 16, tmp_path) == {10: 1.216, 11: 1.216}
+
+def test_a_reported_seed_is_not_one_of_the_search():
+    from drift_rae import tuned
+    assert tuned.SEARCH_SEED not in tuned.FRESH_SEEDS and not set(tuned.FRESH_SEEDS) & set(range(5)) and len(tuned.FRESH_SEEDS) >= 5
+
+def test_further_averages_are_the_same_recursion():
+    "A second average with the first one's decay is the first one, to the bit"
+    import copy
+    from drift_rae.distill import distill
+    from drift_rae.parts.bench import Bench
+    from drift_rae.parts.step import config_for
+    bench = Bench()
+    other = copy.deepcopy(bench.teacher)
+    config = config_for('tiny', 'b', steps=3, n_class=1, n_pos=8, n_neg=8, n_extra_neg=0)
+    average, _ = distill(bench.teacher, bench.store, config, also={other: config.ema})
+    assert all((p == q).all() for p, q in zip(average.parameters(), other.parameters()))
+    with pytest.raises(ValueError, match='also: accepted without a folder'): distill(bench.teacher, bench.store, config, folder='runs/x', also={other: (.9, 1)})

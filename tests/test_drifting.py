@@ -11,13 +11,13 @@ from hypothesis import example, given, settings, strategies as st
 from drift_rae.engine.streams import stream
 from drift_rae.drifting import (
     DriftConfig, distances, drift_field, drift_loss, laplace_noise, plain_field)
-from drift_rae.parts.weights import NoiseRows
+from drift_rae.parts.weights import Y_READINGS, NoiseRows
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent/'fixtures'
 ORIGINAL = DriftConfig.preset('deng2026')
 VARIANTS = dict(official=ORIGINAL, nofloor=replace(ORIGINAL, floor=0.), rowonly=replace(ORIGINAL, y_softmax=False, floor=0.),
-                rowonly_floor=replace(ORIGINAL, y_softmax=False))
+                rowonly_floor=replace(ORIGINAL, y_softmax=False, without_y='square'))
 CLEAN = replace(DriftConfig.preset('c'), perturbation='off')
 
 def samples(seed, *shapes, dtype=torch.float64):
@@ -104,7 +104,7 @@ def test_float32_against_float64_differences(dim, tau):
 
 shapes = st.tuples(st.integers(1, 4), st.integers(2, 6), st.integers(1, 7), st.integers(0, 4), st.integers(1, 9)) # B, N, M, P, D
 seeds = st.integers(0, 2**20)
-configs = st.builds(DriftConfig, temperatures=st.sampled_from([(.3,), (.05, .2), (.02, .05, .2)]), y_softmax=st.booleans(), floor=st.sampled_from([0., 1e-6]),
+configs = st.builds(DriftConfig, temperatures=st.sampled_from([(.3,), (.05, .2), (.02, .05, .2)]), y_softmax=st.booleans(), without_y=st.sampled_from(Y_READINGS), floor=st.sampled_from([0., 1e-6]),
     softmax=st.sampled_from(['separate', 'joint']), scope=st.sampled_from(['call', 'token']), normalisation=st.sampled_from(['unit', 'rms', 'none']),
     self_term=st.sampled_from(['masked', 'kept']), reduction=st.sampled_from(['paper', 'original']), guards=st.sampled_from(['none', 'original']))
 
@@ -175,7 +175,7 @@ def test_weight_two_is_a_copy_and_weight_zero_is_absence(seed, shape, config):
 
 @settings(deadline=None, max_examples=80)
 @given(seeds, shapes, st.fixed_dictionaries(dict(scale=st.sampled_from(['raw', 'mean']), self_term=st.sampled_from(['masked', 'kept']),
-    y_softmax=st.booleans(), floor=st.sampled_from([0., 1e-6]), softmax=st.sampled_from(['separate', 'joint']),
+    y_softmax=st.booleans(), without_y=st.sampled_from(Y_READINGS), floor=st.sampled_from([0., 1e-6]), softmax=st.sampled_from(['separate', 'joint']),
     normalisation=st.sampled_from(['none', 'unit', 'rms']))), st.booleans(), st.sampled_from([.2, 1.]))
 def test_plain_field_is_the_fast_one(seed, shape, switches, noisy, tau):
     "Every switch that both have, with and without noise"
@@ -414,3 +414,43 @@ def test_sharded_equals_single_process(world, tmp_path):
         if config.scope == 'call':
             for s in shards: close(s[name]['scale'], info['scale'], 1e-12)
             assert (joined['alone'] - info['V']).abs().max() > 1e-3
+
+# the readings of "without the y-softmax"
+
+def by_hand(gen, pos, neg, tau, reading, floor):
+    "The joint field of the original without the y-softmax, every reading as a formula of p"
+    x = torch.cat([gen, neg], 1)
+    d = torch.cdist(gen, torch.cat([x, pos], 1))/tau
+    d.diagonal(dim1=1, dim2=2).fill_(math.inf)
+    p = (-d).softmax(-1)
+    floor = torch.tensor(floor, dtype=p.dtype)
+    w = dict(factor=torch.maximum(p, floor).sqrt(), floor=torch.maximum(p, floor), plain=p, square=torch.maximum(p*p, floor).sqrt())[reading]
+    q, p = w.split((x.shape[1], pos.shape[1]), -1)
+    return (p*q.sum(-1, keepdim=True))@pos - (q*p.sum(-1, keepdim=True))@x
+
+@pytest.mark.parametrize('field_of', (plain_field, drift_field))
+@pytest.mark.parametrize('reading', Y_READINGS[1:])
+def test_readings_of_a_removed_y_softmax(field_of, reading):
+    gen, pos, neg = data(5, (2, 4, 9, 3, 6))
+    expected = by_hand(gen, pos, neg, .2, reading, 1e-3)
+    close(field_of(gen, pos, neg, tau=.2, softmax='joint', floor=1e-3, without_y=reading), expected, 1e-9)
+    auto = field_of(gen, pos, neg, tau=.2, softmax='joint', floor=1e-3)
+    assert torch.equal(auto, field_of(gen, pos, neg, tau=.2, softmax='joint', floor=1e-3, without_y='factor'))
+
+def test_without_a_floor_removing_the_y_softmax_gives_equation_11():
+    x = data(6, (2, 4, 9, 3, 6))
+    eleven = drift_field(*x, tau=.2)
+    for reading in ('auto', 'floor', 'plain', 'square'): assert torch.equal(drift_field(*x, tau=.2, without_y=reading), eleven)
+    close(drift_field(*x, tau=.2, without_y='factor'), drift_field(*x, tau=.4), 1e-9) # the root of a softmax: twice the temperature
+
+def test_with_the_y_softmax_the_reading_says_nothing():
+    x = data(7, (2, 4, 9, 3, 6))
+    for reading in Y_READINGS: assert torch.equal(drift_field(*x, tau=.2, config=replace(ORIGINAL, without_y=reading)), drift_field(*x, tau=.2, config=ORIGINAL))
+
+def test_recipes_of_stored_results_are_the_same_as_before_the_reading():
+    "The reading is part of a recipe only where it is a new one: hashes of stored results still hold"
+    from drift_rae.parts.recipe import changed, config_for
+    for words, expected in (('', None), ('drift.y_softmax=False', 'factor'), ('drift.y_softmax=False drift.without_y=square', None), ('drift.y_softmax=False drift.without_y=plain', 'plain'),
+                            ('drift.y_softmax=False drift.floor=0', None)):
+        assert changed(config_for('tiny', 'a'), words).recipe()['drift'].get('without_y') == expected
+    assert 'without_y' not in config_for('tiny', 'c').recipe()['drift']

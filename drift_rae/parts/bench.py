@@ -199,9 +199,10 @@ def run_row(
     def generate(z, y): return one_step(model, z, y)
     figures = bench.evaluate(generate, evaluation['per_class'], noise_seed)
     seconds['evaluation'] = time.process_time() - begin
+    clipped = float(np.mean([r['gradient_norm'] > config.clip for r in log])) # share of the steps
     return dict(table=row.table, row=row.name, hash=recipe_hash(config, row.teacher, evaluation),
         seed=seed, noise_seed=noise_seed, figures=figures, end=_end_means(log), curve=curve,
-        seconds=seconds, recipe=recipe(config, row.teacher, evaluation), versions=versions())
+        clipped=clipped, seconds=seconds, recipe=recipe(config, row.teacher, evaluation), versions=versions())
 
 # %% ../../nbs/parts/07a_bench.ipynb #07830ad3
 def results_folder()->Path: # nbs/results/ablations of the checkout

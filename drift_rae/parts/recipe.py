@@ -15,6 +15,7 @@ from ..engine.parameters import (
     MODELS, RESUME, ParameterError, check_choice, check_positive, check_whole, number, shown, text)
 from ..engine.streams import stream
 from ..drifting import DriftConfig
+from .weights import y_reading
 
 # %% ../../nbs/parts/05b_recipe.ipynb #0facae7e
 _LEAST = dict(n_class=1, n_pos=1, n_neg=1, n_extra_neg=0, n_uncond=0, steps=1, at_once=1,
@@ -123,6 +124,14 @@ RECIPE = ('drift', 'n_class', 'n_pos', 'n_neg', 'n_extra_neg', 'steps', 'lr', 'b
           'ema', 'precision')
 _OFF = dict(decode_encode=False, label_dropout=0., strength=1., n_uncond=0, times=[1.])
 
+# %% ../../nbs/parts/05b_recipe.ipynb #994558fe
+def _drift_recipe(drift):
+    "The switches of a field; the reading of a removed y-softmax where it is a new one"
+    d = drift.to_dict()
+    reading = y_reading(drift.y_softmax, d.pop('without_y'), drift.floor)
+    if reading == 'factor' or drift.floor and reading in ('floor', 'plain'): d['without_y'] = reading
+    return d
+
 # %% ../../nbs/parts/05b_recipe.ipynb #6181de55
 @patch
 def to_dict(self:DistillConfig)->dict: # numbers, strings, lists and dictionaries
@@ -132,9 +141,9 @@ def to_dict(self:DistillConfig)->dict: # numbers, strings, lists and dictionarie
 # %% ../../nbs/parts/05b_recipe.ipynb #ea955c41
 @patch
 def recipe(self:DistillConfig)->dict: # a part of `to_dict`
-    "The fields on which the result depends"
-    return {k: v for k, v in self.to_dict().items()
-            if k in RECIPE or v != _OFF.get(k, v)}
+    "The fields on which the result depends; one that is newer than stored results only if it acts"
+    kept = {k: v for k, v in self.to_dict().items() if k in RECIPE or v != _OFF.get(k, v)}
+    return dict(kept, drift=_drift_recipe(self.drift))
 
 # %% ../../nbs/parts/05b_recipe.ipynb #b83aab4f
 @patch

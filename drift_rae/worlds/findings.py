@@ -37,6 +37,10 @@ class Finding:
     word:str # the verdict
     link:str # notebook and section that show it, relative to nbs/
     reads:str='' # how the verdict has to be read
+    p:str='' # p-values of 'holds' and 'fails', adjusted over the table
+    power:str='' # chances of reproduced / not reproduced / undecided with the paper's effect
+    best:str='' # verdict with each row at its best
+    epochs:str='' # verdict after the paper's 16 epochs
 
 # %% ../../nbs/worlds/10a_findings.ipynb #08cfdfd0
 def _pm(o, key, scale=1., digits=3):

@@ -71,13 +71,14 @@ def train_judge(
     *, steps:int=600, # updates
     batch:int=128, # images per update, each deformed anew
     seed:int=0, # of the initialisation and of the deformations
+    make=Judge, # the class of the network
 )->tuple: # judge (frozen), loss of each step
     "Train the classifier by cross-entropy and set the scale of its features"
     check_images(images, least=1)
     labels = check_labels(labels, 10, n=len(images))
     check_whole(1, steps=steps, batch=batch)
     torch.manual_seed(seed)
-    judge, g = Judge(), stream(seed, 'judge')
+    judge, g = make(), stream(seed, 'judge')
     def loss(step):
         i = torch.randint(len(images), (batch,), generator=g)
         return F.cross_entropy(judge(deform(images[i], g)), labels[i])
