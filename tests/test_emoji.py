@@ -8,13 +8,13 @@ import tarfile
 import time
 
 import pytest
+import timm
 import torch
 from PIL import Image, ImageDraw
 
 from drift_rae.engine.files import load_weights, read_json, save_weights, sha256_of, weights_path
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.flow import load_teacher
-from drift_rae.networks.features import FeatureEncoder
 from drift_rae.own import emoji as drawn
 from drift_rae.own import world as second
 from drift_rae.own.judge import load_picture_judge, nearest_pixels, within_class
@@ -108,14 +108,12 @@ def test_measures_of_variety_and_memory():
 def made(packages, tmp_path_factory):
     "A folder of the whole command: a random encoder, one or two updates of everything"
     place, patch = tmp_path_factory.mktemp('world'), pytest.MonkeyPatch()
-    net = FeatureEncoder('test_efficientnet', 64, layers=[1, 2]).network
     weights = place/'encoder.safetensors'
-    save_weights(weights, __import__('timm').create_model('test_efficientnet').state_dict(), {})
-    del net
+    save_weights(weights, timm.create_model('test_efficientnet').state_dict(), {})
     patch.setattr(second, 'LITE0_SHA256', sha256_of(weights))
     patch.setattr(second, 'ENCODER', dict(encoder='timm:test_efficientnet', layers='1,2', size=64, view=64, grid=4,
                                           channels=16))
-    patch.setattr(second, 'CHOICES', ((64, (1, 2), True), (0, (), False)))
+    patch.setattr(second, 'CHOICES', ((64, (1, 2), True), (64, (2,), False)))
     patch.setattr(second, 'GUIDANCE', (1., 2.))
     patch.setattr(second, 'STEPS', (1, 2, 50))
     rows = second.world(str(place/'home'), str(packages), str(weights), each=45, decoder_steps=2, judge_steps=2,
@@ -130,7 +128,7 @@ def test_the_whole_command_measures_every_row(made):
     assert all(math.isfinite(v) for r in rows.values() for v in r.values())
     assert rows['student C']['n'] == 16 and rows['held out']['copies'] == 1
     layers = read_json(home/'layers.json')['rows']
-    assert [(r['view'], r['layers'], r['rotated']) for r in layers] == [(64, [1, 2], True), (0, [], False)]
+    assert [(r['view'], r['layers'], r['rotated']) for r in layers] == [(64, [1, 2], True), (64, [2], False)]
 
 
 def test_publish_writes_what_the_chapter_and_the_package_read(made, tmp_path):
