@@ -84,13 +84,15 @@ def read_package(
 )->tuple: # the list of characters (dicts), name of a picture -> its bytes
     "The characters of a package and its pictures of 64 pixels"
     pictures, listed, home = {}, None, f'package/img/{hand}/64/'
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        for entry in archive:
-            if not entry.isfile(): continue
-            if entry.name == 'package/emoji.json':
-                listed = json.loads(archive.extractfile(entry).read())
-            elif entry.name.startswith(home):
-                pictures[entry.name.removeprefix(home)] = archive.extractfile(entry).read()
+    try: archive = tarfile.open(fileobj=io.BytesIO(data))
+    except tarfile.TarError as e:
+        raise ParameterError(f'package of {hand}: {e}; accepted is a .tgz file of npm') from e
+    for entry in archive:
+        if not entry.isfile(): continue
+        if entry.name == 'package/emoji.json':
+            listed = json.loads(archive.extractfile(entry).read())
+        elif entry.name.startswith(home):
+            pictures[entry.name.removeprefix(home)] = archive.extractfile(entry).read()
     if listed is None or not pictures:
         raise ParameterError(f'package of {hand}: no emoji.json, or no pictures in {home}')
     return listed, pictures
