@@ -299,9 +299,10 @@ def _numbers_of(home, student):
     steps = dict(decoder=decoded['identity']['options']['decoder_steps'], judge=judged['steps'],
                  teacher=taught['flow']['steps'], student=about['config']['steps'])
     tuning = read('tuning.json') if (home/'tuning.json').is_file() else {}
+    monitor = home/'teacher'/'monitor.json' # absent if the training was very short
     return dict(classes=read('pictures/set.json')['classes'], layers=read('layers.json')['rows'],
                 psnr=decoded['metrics']['psnr'], steps=steps, tuning=tuning,
-                monitor=json.loads((home/'teacher'/'monitor.json').read_text()),
+                monitor=json.loads(monitor.read_text()) if monitor.is_file() else [],
                 versions=about['versions'], **{k: measured[k] for k in ('rows', 'rates')})
 
 # %% ../../nbs/own/11_world.ipynb #524a8e13
