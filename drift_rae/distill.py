@@ -303,7 +303,7 @@ def execute(
 
 # %% ../nbs/06_distill.ipynb #d77c4b12
 def start(
-    model:str='tiny', # tiny (digits), nano (own), or s, b, l, xl (ImageNet)
+    model:str='tiny', # tiny (digits), nano or mini (own), or s, b, l, xl (ImageNet)
     preset:str='c', # a, b, c: the rows of the paper's Table 3
     out:str='', # output folder; empty: runs/ and the name of the model
     seed:int=0, # of everything random

@@ -17,7 +17,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .engine.files import fill, load_weights, save_weights, weights_path
+from .engine.files import (
+    SHIPPED, fill, load_weights, save_weights, weights_path)
 from .engine.parameters import (
     MODELS, ParameterError, as_path, check_choice, check_device, check_positive, check_real,
     check_tensor, check_whole, number, several, shown)
@@ -158,9 +159,10 @@ class FlowConfig:
     def __post_init__(self): check_flow(self)
     @classmethod
     def preset(cls, name:str):
-        "Tiny: the miniature's training; nano: shorter; s, b, l, xl: that of ImageNet"
+        "Tiny: the miniature's training; nano and mini: other lengths; s, b, l, xl: that of ImageNet"
         if name == 'tiny': return cls()
         if name == 'nano': return cls(steps=6000)
+        if name == 'mini': return cls(steps=10_000, lr=(2e-3, 2e-5))
         check_choice(MODELS, preset=name)
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),
                    shift=None, train_fixed=True, precision='bfloat16', readers=8)
@@ -309,7 +311,7 @@ def save_teacher(
 # %% ../nbs/05_flow.ipynb #ad65e0af
 def _teacher_file(name, model, revision):
     "The file, and the constructor keywords of a released model"
-    if name == 'tiny': return weights_path('tiny/teacher'), None
+    if name in SHIPPED: return weights_path(f'{name}/teacher'), None
     if released := official_teacher(name, model, revision):
         file, size, side = released
         return file, {**preset(size), 'input_size': side}
@@ -328,7 +330,7 @@ def _teacher_file(name, model, revision):
 
 # %% ../nbs/05_flow.ipynb #31ebd007
 def load_teacher(
-    name_or_path='tiny', # tiny, a file, a folder, a repository, or a row of OFFICIAL_TEACHERS
+    name_or_path='tiny', # tiny, emoji, a file, folder or repository, a row of OFFICIAL_TEACHERS
     model:str='xl', # which preset an official checkpoint is, because it does not say
     device:str='cpu', # where to put it
     revision:str=None, # of a repository; None = the newest

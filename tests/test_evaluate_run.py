@@ -43,7 +43,7 @@ def test_imagenet_path(folders, tmp_path):
 
 @pytest.mark.parametrize('parameters, sentence', [
     (dict(model='xl'), 'model=xl: give -p generator PATH and -p reference PATH'),
-    (dict(model='huge'), "model='huge': accepted is one of tiny, nano, s, b, l, xl"),
+    (dict(model='huge'), "model='huge': accepted is one of tiny, nano, mini, s, b, l, xl"),
 ])
 def test_refused(tmp_path, parameters, sentence):
     code, said, _ = papermill(tmp_path/'out.ipynb', out=tmp_path/'run', **parameters)

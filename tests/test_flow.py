@@ -216,7 +216,7 @@ def test_wrong_options(config, says):
 
 @pytest.mark.parametrize('f', [preset, FlowConfig.preset])
 def test_unknown_preset(f):
-    with pytest.raises(ParameterError, match="'huge'.*tiny, nano, s, b, l, xl"): f('huge')
+    with pytest.raises(ParameterError, match="'huge'.*tiny, nano, mini, s, b, l, xl"): f('huge')
 
 def test_presets_are_copies():
     preset('xl')['hidden_size'][0] = 1

@@ -92,7 +92,7 @@ def test_another_seed_gives_other_weights(smoke, tmp_path):
     assert not torch.equal(a['x_embedder.proj.weight'], b['x_embedder.proj.weight'])
 
 @pytest.mark.parametrize('wrong, sentence', [
-    (dict(model='huge'), "model='huge': accepted is one of tiny, nano, s, b, l, xl"),
+    (dict(model='huge'), "model='huge': accepted is one of tiny, nano, mini, s, b, l, xl"),
     (dict(modle='xl'), 'unknown parameter modle'),
     (dict(model='xl'), 'model=xl: give -p latents PATH'),
     (dict(n_pos=100_000), 'n_pos=100000: the smallest class has'),

@@ -104,7 +104,7 @@ def test_another_teacher_or_other_latents_are_refused(tmp_path):
 
 # --- wrong input: what is typed, and what is answered
 WRONG = [
-    ('--model huge', "model='huge': accepted is one of tiny, nano, s, b, l, xl"),
+    ('--model huge', "model='huge': accepted is one of tiny, nano, mini, s, b, l, xl"),
     ('--preset d', "preset='d': accepted is one of a, b, c"),
     ('--seed -1', 'seed=-1: accepted is a whole number from 0'),
     ('--steps -5', 'steps=-5: accepted is a whole number from 0'),

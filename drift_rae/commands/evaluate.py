@@ -14,7 +14,7 @@ from .sample import LabelledImages, write_sheet
 from .sets import (
     PictureFolder, Watched, _statistics_only, check_comparison, check_few, check_images_of,
     check_set, find_generator, find_weights, load_extractor, open_set)
-from ..engine.files import versions, write_json
+from ..engine.files import SHIPPED, versions, write_json
 from ..engine.parameters import ParameterError, check_output, check_whole
 from ..evaluate import load_reference
 from ..metrics.images import TensorImages, to_uint8
@@ -56,7 +56,7 @@ def _check(run, reference):
     for path in (run, reference) if reference else (run,): check_set(path)
     generator = find_generator(run)
     if not generator: raise ParameterError(f'{run}: there is no generator.safetensors in it')
-    if generator != 'tiny' or os.path.isdir(generator):
+    if generator not in SHIPPED or os.path.isdir(generator):
         for name in ('evaluation.json', 'evaluation.png'): check_output(Path(generator)/name)
     return generator
 
@@ -64,7 +64,7 @@ def _check(run, reference):
 def _keep(result, images, generator):
     "Write the result and a sheet beside the generator; says where"
     folder = Path(generator)
-    if generator == 'tiny' or not folder.is_dir(): return
+    if generator in SHIPPED or not folder.is_dir(): return
     write_json(folder/'evaluation.json', dict(result, versions=versions()))
     write_sheet(images, folder/'evaluation.png')
     print(f'kept in {folder}: evaluation.json, evaluation.png', file=sys.stderr)

@@ -10,7 +10,7 @@ import re, sys
 from pathlib import Path
 import torch
 from .sets import MOST, Watched, check_set, find_generator
-from ..engine.files import load_weights, weights_path
+from ..engine.files import SHIPPED, load_weights, weights_path
 from ..engine.parameters import (
     ParameterError, as_path, check_choice, check_output, check_whole)
 from ..engine.streams import check_seed, stream
@@ -26,8 +26,8 @@ def class_names(
 
 def _classes(generator):
     "Names of a generator's classes (an empty list if there are none), and how many they are"
-    folder = '' if generator == 'tiny' else generator
-    path = weights_path('tiny/generator', folder)
+    folder = '' if generator in SHIPPED else generator
+    path = weights_path(f'{generator}/generator', folder)
     config = load_weights(path)[1]
     try:
         names = config.get('class_names') or config.get('about', {}).get('class_names') or []

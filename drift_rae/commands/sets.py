@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..autoencoder import RAE
-from ..engine.files import atomic, hash_weights
+from ..engine.files import SHIPPED, atomic, hash_weights
 from ..networks.hub import check_sha256
 from ..engine.parameters import (
     SMALLEST, ParameterError, check_choice, check_device, check_output, check_whole)
@@ -82,7 +82,7 @@ def find_generator(
     path:str|Path, # a run's folder, or tiny
 )->str: # the folder that holds generator.safetensors, or tiny; empty: there is none
     "Where the generator of a run is"
-    if path == 'tiny' and not os.path.exists(path): return 'tiny' # ./tiny is a folder
+    if path in SHIPPED and not os.path.exists(path): return path # ./tiny is a folder
     path = Path(path)
     if (path/'generator.safetensors').is_file(): return str(path)
     below = sorted(path.glob('*/generator.safetensors')) if path.is_dir() else []

@@ -25,8 +25,8 @@ class ParameterError(ValueError):
 class PlaceError(ParameterError, OSError):
     "Nothing can be written at a place; the message says why"
 
-MODELS = ('tiny', 'nano', 's', 'b', 'l', 'xl')
-SMALL = MODELS[:2] # trained on the CPU, one thread for each process
+MODELS = ('tiny', 'nano', 'mini', 's', 'b', 'l', 'xl')
+SMALL = MODELS[:3] # trained on the CPU, one thread for each process
 RESUME = ('auto', 'never', 'must')
 
 # %% ../../nbs/engine/00_values.ipynb #e17cbb01

@@ -42,7 +42,7 @@ def _check_square(store):
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #6ba60fd5
 def flow_parts(
-    model:str, # 'tiny', 'nano', 's', 'b', 'l' or 'xl'
+    model:str, # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     latents:str='', # folder of the latent store; empty: the digits, for tiny
     autoencoder:str='', # the autoencoder's folder or name; empty: shipped, for tiny
 )->tuple: # latent store, keywords of the network, autoencoder or None
@@ -71,7 +71,7 @@ def _save_teacher(path, config, average, whole, losses, seed, flow):
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #8890edcb
 def run_flow(
-    model:str, # 'tiny', 'nano', 's', 'b', 'l' or 'xl'
+    model:str, # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     flow:FlowConfig, # how to train
     out:str, # output folder
     *, seed:int=0, # of weights, batches, noise and label dropout
@@ -115,7 +115,7 @@ def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_ever
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #f68ef670
 def start_flow(
-    model:str='tiny', # 'tiny', 'nano', 's', 'b', 'l' or 'xl'
+    model:str='tiny', # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     out:str='', # output folder; empty: runs/teacher_ and the name of the model
     seed:int=0, # of weights, batches, noise and label dropout
     steps:int=0, # updates; 0: as the preset has it

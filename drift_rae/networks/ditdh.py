@@ -187,17 +187,18 @@ def _check(self:DiTDH, x, t, y):
 _SIZES = dict(
     tiny = (     4,   32, [  64,   96], [ 3, 1], [ 4,  4],   10),
     nano = (     4,   64, [  64,   96], [ 3, 1], [ 4,  4],   10),
+    mini = (     4,  128, [ 128,  192], [ 4, 1], [ 4,  4],   15),
     s    = (    16,  768, [ 384, 2048], [12, 2], [ 6, 16], 1000),
     b    = (    16,  768, [ 768, 2048], [12, 2], [12, 16], 1000),
     l    = (    16,  768, [1024, 2048], [24, 2], [16, 16], 1000),
     xl   = (    16,  768, [1152, 2048], [28, 2], [16, 16], 1000))
 
 def preset(
-    name:str, # tiny, nano, s, b, l or xl
+    name:str, # tiny, nano, mini, s, b, l or xl
     shape:tuple=None, # of the latents, (C, h, w); None: as in the table
     num_classes:int=0, # 0: as in the table
 )->dict: # keywords for DiTDH
-    "The constructor keywords of DiT^DH in one of six sizes"
+    "The constructor keywords of DiT^DH in one of seven sizes"
     check_choice(_SIZES, preset=name)
     names = ('input_size', 'in_channels', 'hidden_size', 'depth', 'num_heads', 'num_classes')
     config = copy.deepcopy(dict(zip(names, _SIZES[name])))

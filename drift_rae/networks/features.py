@@ -109,6 +109,7 @@ class FeatureEncoder(nn.Module):
         self.network.reset_classifier(0)
         if hasattr(self.network, 'set_input_size'): self.network.set_input_size(input_size)
         self.layers, self.input_size = self._indices(layers), input_size
+        self.network.prune_intermediate_layers(self.layers, prune_head=True) # what is not used
         _colour_buffers(self, image_mean, image_std)
         self.eval().requires_grad_(False)
         maps = self.maps(torch.zeros(1, 3, input_size, input_size))
@@ -141,7 +142,7 @@ def maps(self:FeatureEncoder, images:Tensor)->list: # [N, 3, H, W] in [0, 1] -> 
         images = F.interpolate(images, size=size, mode='bicubic', align_corners=False)
     return self.network.forward_intermediates(
         (images - self.mean)/self.std, indices=self.layers, intermediates_only=True,
-        output_fmt='NCHW')
+        stop_early=True, output_fmt='NCHW')
 
 # %% ../../nbs/networks/07_features.ipynb #4bf76b88
 @patch
@@ -180,6 +181,18 @@ def fit_directions(self:FeatureEncoder,
     self.centre.copy_(mean/scale)
     self.directions.copy_(kept*sign)
     return float(values.flip(0)[:self.dim].clamp(min=0).sum()/values.clamp(min=0).sum())
+
+# %% ../../nbs/networks/07_features.ipynb #45506870
+@patch
+def rotate(self:FeatureEncoder,
+    seed:int=0, # of the rotation
+):
+    "Turn the kept directions by a random rotation: equal variances, the same distances"
+    g = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(self.dim, self.dim, generator=g, dtype=torch.float64)
+    turn, r = torch.linalg.qr(drawn)
+    turn = turn*r.diagonal().sign() # uniform over all rotations and reflections
+    self.directions.copy_(turn @ self.directions.double())
 
 # %% ../../nbs/networks/07_features.ipynb #2bb099d3
 def build_encoder(

@@ -37,7 +37,7 @@ def distill(
     latents:str, # folder written by encode
     teacher:str='runs/own/teacher', # folder or file written by teach
     out:str='runs/own/generator', # output folder
-    model:str='nano', # size of the teacher: nano, s, b, l or xl
+    model:str='nano', # size of the teacher: nano, mini, s, b, l or xl
     preset:str='c', # a, b or c: the rows of the paper's Table 3
     steps:int=0, # updates; 0: the preset's
     n_class:int=0, # classes per step; 0: the preset's, or all if there are fewer

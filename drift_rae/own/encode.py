@@ -18,6 +18,7 @@ from ..engine.files import RunFolder, write_json
 from drift_rae.engine.parameters import (
     RESUME, ParameterError, check_outside, check_output, check_parameters, check_whole, number,
     read_json, shown, text)
+from ..engine.streams import stream
 from ..imagenet.folders import encode_folder
 from ..networks.released import OFFICIAL_RAES
 from .encoders import (
@@ -31,8 +32,8 @@ ENCODE_RULES = dict(
     images=text, encoder=text, out=text, size=number(int, 0, 4096), layers=text,
     channels=number(int, 0, 8192), patch=number(int, 0, 4096), weights=text, networks=text,
     encoder_steps=number(int, 0), decoder_steps=number(int, 0), flip=(False, True),
-    dataset=text, root=text, workers=number(int, 0, 256), seed=number(int, 0),
-    resume=RESUME)
+    dataset=text, root=text, workers=number(int, 0, 256), grid=number(int, 0, 256),
+    view=number(int, 0, 4096), apart=text, seed=number(int, 0), resume=RESUME)
 
 def _check_bool(options):
     "The rules above say nothing of truth values: `check_parameters` takes them for wrong numbers"
@@ -70,6 +71,10 @@ def _released(name, size):
     return rae, made
 
 # %% ../../nbs/own/04_encode.ipynb #d4ee2f41
+def _some(n, seed, most=2000):
+    "Numbers of a random part of n pictures, of all classes"
+    return torch.randperm(n, generator=stream(seed, 'directions'))[:most]
+
 def _trained(o, network, pixels, labels, out, about):
     "Encoder and decoder trained on pictures, uint8 [N, 3, size, size]; `o`: the options by name"
     images = pixels.float()/255
@@ -78,12 +83,16 @@ def _trained(o, network, pixels, labels, out, about):
         config = own_encoder(o['size'], o['channels'], o['patch'])
         network = train_small_encoder(images, labels, config, out/'encoder',
                                       steps=o['encoder_steps'] or 150, **common)
-    else: fit_encoder(network, images[:1000])
+    else: fit_encoder(network, images[_some(len(images), o['seed'])])
     decoder = train_own_decoder(network, pixels, out/'decoder', steps=o['decoder_steps'] or 1200,
                                 networks=o['networks'], **common)
     return with_statistics(network, decoder, images).cpu()
 
 # %% ../../nbs/own/04_encode.ipynb #472a4445
+def _apart(o, size):
+    "Pictures that nothing is trained on, uint8 [N, 3, size, size]"
+    return read_pictures(Pictures(Path(o['apart']).expanduser(), size), 2**28, o['workers'])[0]
+
 def make_autoencoder(
     o:dict, # the options by name, as of encode; size is set
     folder:Pictures, # the data set
@@ -94,12 +103,14 @@ def make_autoencoder(
     if kind_of(o['encoder']) == 'rae': rae, _ = _released(o['encoder'], folder.size)
     pixels, labels, errors = read_pictures(folder, 2**29, o['workers'], o['seed'])
     counts, kept = check_pictures(folder, labels, errors), held_out(len(pixels), o['seed'])
+    if o['apart']: kept = torch.zeros(len(pixels), dtype=torch.bool)
     if rae is None:
         rae = _trained(o, network, pixels[~kept], labels[~kept], out, folder.describe())
     rae = rae.to(launch.device())
-    decibels = psnr(rae, pixels[kept])
-    reconstruction_sheet(rae, pixels[kept], out/'reconstructions.png')
-    print(f'reconstructions of {int(kept.sum())} held-out pictures: PSNR {decibels:.1f} dB\n'
+    unseen = _apart(o, folder.size) if o['apart'] else pixels[kept]
+    decibels = psnr(rae, unseen)
+    reconstruction_sheet(rae, unseen, out/'reconstructions.png')
+    print(f'reconstructions of {len(unseen)} held-out pictures: PSNR {decibels:.1f} dB\n'
           f'{quality_words(decibels)}', flush=True)
     return rae, decibels, counts
 
@@ -146,6 +157,9 @@ def encode(
     dataset:str='', # cifar10, flowers102 or imagenette, by torchvision, instead of a folder
     root:str='data', # where torchvision puts a data set
     workers:int=0, # processes that read pictures; 0: this one
+    grid:int=0, # timm: tokens per side; 0: those of the finest layer, at most 16
+    view:int=0, # timm: side at which the network sees a picture; 0: as in its training
+    apart:str='', # class folders on which reconstructions are judged; empty: part of the pictures
     seed:int=0, # of everything random
     resume:str='auto', # auto: continue; never: start over; must: refuse to start over
 )->dict: # what was made: classes, counts, latent shape, PSNR in decibels

@@ -86,7 +86,7 @@ def _check_classes(images, model, nproc):
 def run(
     images:IMAGES='', # folder with one folder of pictures for each class
     out:str='runs/own', # output folder
-    model:str='nano', # size of the network: nano, s, b, l or xl
+    model:str='nano', # size of the network: nano, mini, s, b, l or xl
     encoder:str='own', # own, a released RAE (dinov2-b), the folder of an RAE, or timm:NAME
     size:int=0, # side of the pictures in pixels; 0: 32 for own, 128 for timm
     channels:int=0, # numbers of a token; 0: 32 to 96 for own by its patch, 64 for timm
@@ -103,6 +103,9 @@ def run(
     root:str='data', # where torchvision puts a data set
     workers:int=0, # processes that read pictures; 0: this one
     nproc:int=0, # processes; 0: one for each GPU, or for nano one for each core, up to 4
+    grid:int=0, # timm: tokens per side; 0: those of the finest layer, at most 16
+    view:int=0, # timm: side at which the network sees a picture; 0: as in its training
+    apart:str='', # class folders on which reconstructions are judged; empty: part of the pictures
     seed:int=0, # of everything random
     resume:str='auto', # auto: continue; never: start over; must: refuse to start over
 )->dict: # metrics of the generated pictures, and of real ones as a floor
@@ -119,8 +122,8 @@ def run(
     latents, teacher = str(out/'latents'), str(out/'teacher')
     print('1 of 4: encode', flush=True)
     made = encode(images, encoder, latents, size, layers, channels, patch, weights,
-                  networks, encoder_steps, decoder_steps, flip, dataset, root, workers, seed,
-                  resume)
+                  networks, encoder_steps, decoder_steps, flip, dataset, root, workers, grid,
+                  view, apart, seed, resume)
     print('2 of 4: teach', flush=True)
     teach(latents, teacher, model, teach_steps, nproc=nproc, seed=seed, resume=resume)
     print('3 of 4: distill', flush=True)

@@ -104,7 +104,7 @@ def flow_processes(
 def teach(
     latents:str, # folder written by encode
     out:str='runs/own/teacher', # output folder
-    model:str='nano', # size of the network: nano, s, b, l or xl
+    model:str='nano', # size of the network: nano, mini, s, b, l or xl
     steps:int=0, # updates; 0: the preset's
     batch:int=0, # latents per update; 0: the preset's
     autoencoder:str='', # for the sheets; empty: the one that made the latents

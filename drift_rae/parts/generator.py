@@ -18,7 +18,8 @@ from ..engine.parameters import (
     ParameterError, as_path, check_output, check_tensor, check_whole, shown)
 from ..engine.progress import Progress
 from ..engine.streams import check_labels, check_seed, stream
-from ..engine.files import fill, load_weights, save_weights, weights_path, write_json
+from ..engine.files import (
+    SHIPPED, fill, load_weights, save_weights, weights_path, write_json)
 from ..flow import DiTDH
 from ..networks.hub import check_target, fetch_file, is_repository
 from ..networks.sdvae import PatchedSDVAE, sd_network
@@ -293,19 +294,19 @@ _ENTRIES = {'model', 'decoder', 'eps', 'sdvae', 'about', 'guide', 'guide_model',
             'times'}
 
 def load_generator(
-    name_or_path:str|Path='tiny', # tiny (shipped), a folder, or a Hugging Face repository
+    name_or_path:str|Path='tiny', # tiny, emoji (shipped), a folder, or a Hugging Face repository
     revision:str=None, # branch, tag or commit of a repository
     device=None, # where it computes; None: the CPU
     dtype:torch.dtype=None, # of the weights; None: float32
 )->OneStepGenerator:
     "Read a one-step generator; a clear message if a file is missing, damaged or does not fit"
     moved = check_target(device, dtype) # before anything is read
-    shipped = name_or_path == 'tiny' # ./tiny is a folder
+    shipped = name_or_path in SHIPPED # ./tiny is a folder
     if not shipped: name_or_path = as_path(name_or_path, 'generator')
     if not shipped and is_repository(name_or_path):
         name_or_path = fetch_file(str(name_or_path), 'generator.safetensors', revision).parent
     folder = '' if shipped else name_or_path
-    tensors, config = load_weights(weights_path('tiny/generator', folder))
+    tensors, config = load_weights(weights_path(f'{name_or_path}/generator', folder))
     def part(name): return {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
     unknown = sorted(set(config) - _ENTRIES)
     if unknown:

@@ -166,6 +166,9 @@ _SCALES = dict( # one row per scale
     nano     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,
                     lr=(2.5e-4, 2.5e-6), ema=(.99, 100), precision='float32',
                     checkpoint_every=100, monitor_every=200),
+    mini     = dict(n_class=4,  n_pos=128, n_neg=32, n_extra_neg=96,  at_once=4, steps=600,
+                    lr=(6e-4, 6e-6), ema=(.99, 100), precision='float32',
+                    checkpoint_every=100, monitor_every=200),
     imagenet = dict(n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, at_once=1, steps=10_000,
                     lr=(3e-5, 3e-7), ema=(.9995, 1000), precision='bfloat16', readers=8),
 )

@@ -1,0 +1,170 @@
+"The second world: packages of drawn pictures in the form of the real ones, the whole chain on them, and what ships"
+import base64
+import hashlib
+import io
+import json
+import math
+import tarfile
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image, ImageDraw
+
+from drift_rae.engine.files import load_weights, read_json, save_weights, sha256_of, weights_path
+from drift_rae.engine.parameters import ParameterError
+from drift_rae.flow import load_teacher
+from drift_rae.own import emoji as drawn
+from drift_rae.own import world as second
+from drift_rae.own.judge import load_picture_judge, nearest_pixels, within_class
+from drift_rae.parts.generator import OneStepGenerator
+
+
+def drawing(kind, i, hand):
+    "PNG of a disc or a bar; no two are equal"
+    picture = Image.new('RGBA', (64, 64))
+    pen, colour = ImageDraw.Draw(picture), (5*i % 200, 250 - 4*i, 90 if hand == 'google' else 160, 255)
+    box = [8 + i % 9, 12, 40 + i % 9, 44] if kind == 'disc' else [8 + i % 40, 5, 17 + i % 40, 58]
+    (pen.ellipse if kind == 'disc' else pen.rectangle)(box, fill=colour)
+    out = io.BytesIO()
+    picture.save(out, format='PNG')
+    return out.getvalue()
+
+
+def package(hand, characters=32):
+    "An archive with two classes, one subcategory that is too small, and one variant"
+    data, listed = io.BytesIO(), []
+    with tarfile.open(fileobj=data, mode='w:gz') as archive:
+        def add(name, content):
+            entry = tarfile.TarInfo(f'package/{name}')
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        for kind, n in (('disc', characters), ('bar', characters), ('rare', 3)):
+            for i in range(n):
+                code = f'{kind[0]}{i:03d}'.upper()
+                listed.append(dict(unified=code, image=f'{code}.png', name=code, category='drawn', subcategory=kind))
+                add(f'img/{hand}/64/{code}.png', drawing(kind, i, hand))
+        listed.append(dict(listed[0], unified='D000-200D-2640'))
+        add('emoji.json', json.dumps(listed).encode())
+    return data.getvalue()
+
+
+@pytest.fixture(scope='module')
+def packages(tmp_path_factory):
+    "A folder with two packages; their digests are put where those of the real ones are"
+    place, real = tmp_path_factory.mktemp('packages'), dict(drawn.HANDS)
+    for hand in real:
+        data = package(hand)
+        (place/f'emoji-datasource-{hand}-{drawn.VERSION}.tgz').write_bytes(data)
+        drawn.HANDS[hand] = (base64.b64encode(hashlib.sha512(data).digest()).decode(), 'drawn by a test')
+    yield place
+    drawn.HANDS.update(real)
+
+
+def test_the_rule_unites_small_subcategories_and_leaves_out_smaller_ones():
+    sizes = {('A', 'face-a'): 30, ('A', 'face-b'): 31, ('A', 'hat'): 59, ('B', 'face'): 60, ('B', 'sky & weather'): 90}
+    assert drawn.class_rule(sizes) == {('A', 'face-a'): 'other-face', ('A', 'face-b'): 'other-face',
+                                       ('B', 'face'): 'face', ('B', 'sky & weather'): 'sky-weather'}
+
+
+def test_no_character_is_in_two_sets_and_the_seed_decides():
+    codes = [f'{i:X}' for i in range(75)]
+    sets = drawn.split_characters(codes)
+    assert [list(sets.values()).count(s) for s in drawn.SPLITS] == [45, 15, 15]
+    assert sets == drawn.split_characters(codes[::-1]) != drawn.split_characters(codes, 1)
+
+
+def test_a_changed_package_is_refused(packages, tmp_path):
+    path = next(packages.glob('*google*'))
+    (tmp_path/path.name).write_bytes(path.read_bytes() + b'0')
+    with pytest.raises(ParameterError, match='SHA-512 .* expected'): drawn.fetch_package('google', tmp_path)
+    with pytest.raises(ParameterError, match='no emoji.json'): drawn.read_package(package('google'), 'twitter')
+
+
+def test_pictures_by_class_set_and_character(packages, tmp_path, capsys):
+    about = drawn.emoji(str(tmp_path/'P'), str(packages), each=45)
+    assert set(about['classes']) == {'disc', 'bar'}
+    of = {s: {p.stem.split('_')[0] for p in (tmp_path/'P'/s/'disc').iterdir()} for s in drawn.SPLITS}
+    assert not of['train'] & of['held_out'] and not of['train'] & of['judge'] and sum(map(len, of.values())) == 32
+    assert len(list((tmp_path/'P/train/bar').iterdir())) == 45
+    pixels, labels = second.unaltered(tmp_path/'P/train')
+    assert labels.bincount().tolist() == [about['classes'][k]['train'] for k in ('bar', 'disc')]
+    with pytest.raises(ParameterError, match='another set'): drawn.emoji(str(tmp_path/'P'), str(packages), each=44)
+    (tmp_path/'P/train/bar/broken_google.png').write_bytes(b'0')
+    with pytest.raises(ParameterError, match='1 files cannot be read'): second.unaltered(tmp_path/'P/train')
+
+
+def test_measures_of_variety_and_memory():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 4, generator=g)
+    assert abs(within_class(x, torch.arange(600) % 3) - 4) < .4
+    assert within_class(x[:3].repeat_interleave(5, 0), torch.arange(3).repeat_interleave(5)) == 0
+    pixels = torch.randint(256, (8, 3, 16, 16), generator=g).byte()
+    assert nearest_pixels(pixels[:3], pixels) == 0 < nearest_pixels(pixels[:3], pixels[3:])
+
+
+@pytest.fixture(scope='module')
+def made(packages, tmp_path_factory):
+    "A folder of the whole command: a random encoder, one or two updates of everything"
+    place, patch = tmp_path_factory.mktemp('world'), pytest.MonkeyPatch()
+    weights = place/'encoder.safetensors'
+    save_weights(weights, timm.create_model('test_efficientnet').state_dict(), {})
+    patch.setattr(second, 'LITE0_SHA256', sha256_of(weights))
+    patch.setattr(second, 'ENCODER', dict(encoder='timm:test_efficientnet', layers='1,2', size=64, view=64, grid=4,
+                                          channels=16))
+    patch.setattr(second, 'CHOICES', ((64, (1, 2), True), (64, (2,), False)))
+    patch.setattr(second, 'GUIDANCE', (1., 2.))
+    patch.setattr(second, 'STEPS', (1, 2, 50))
+    rows = second.world(str(place/'home'), str(packages), str(weights), each=45, decoder_steps=2, judge_steps=2,
+                        teach_steps=2, steps=1, rate=1e-4, per_class=8)
+    yield place/'home', rows
+    patch.undo()
+
+
+def test_the_whole_command_measures_every_row(made):
+    home, rows = made
+    assert {'held out', 'reconstructions', 'teacher 50, 1', 'teacher 50, 2', 'student A', 'student C'} < set(rows)
+    assert all(math.isfinite(v) for r in rows.values() for v in r.values())
+    assert rows['student C']['n'] == 16 and rows['held out']['copies'] == 1
+    layers = read_json(home/'layers.json')['rows']
+    assert [(r['view'], r['layers'], r['rotated']) for r in layers] == [(64, [1, 2], True), (64, [2], False)]
+
+
+def test_publish_writes_what_the_chapter_and_the_package_read(made, tmp_path):
+    home, rows = made
+    found = second.publish(home, tmp_path/'results', tmp_path/'weights')
+    stored = json.loads((tmp_path/'results/emoji.json').read_text())
+    assert stored == json.loads(json.dumps(found)) and stored['rows'].keys() == rows.keys()
+    assert stored['steps'] == dict(decoder=2, judge=2, teacher=2, student=1)
+    assert str(home.parent) not in (tmp_path/'results/emoji.json').read_text()
+    whole = OneStepGenerator.from_pretrained(home/'students/c_0.0001_0')
+    half = OneStepGenerator.from_pretrained(tmp_path/'weights')
+    a, b = (g.sample(['disc', 'bar'], seed=3) for g in (whole, half))
+    assert a.shape == (2, 3, 64, 64) and (a - b).abs().max() < .01
+    files = [(tmp_path/'weights/generator.safetensors', home/'students/c_0.0001_0/generator.safetensors'),
+             (tmp_path/'weights/teacher.safetensors', home/'teacher/teacher.safetensors')]
+    for small, large in files: assert small.stat().st_size < .6*large.stat().st_size
+    assert str(home.parent).encode() not in files[0][0].read_bytes()
+    teacher = load_teacher(files[1][0], 'mini')
+    assert teacher.shift == load_teacher(files[1][1], 'mini').shift
+    assert load_picture_judge(tmp_path/'weights')(a).shape == (2, 2)
+    latents = load_weights(tmp_path/'results/emoji_latents.safetensors')[0]['latents']
+    assert latents.shape == (6, 16, 4, 4) and latents.dtype == torch.float16
+    assert Image.open(tmp_path/'results/emoji_pictures.png').size == (192, 128)
+    for folder in ('results/emoji_', 'weights/'): assert 'drawn by a test' in (tmp_path/f'{folder}ATTRIBUTION.txt').read_text()
+
+
+def test_publish_says_what_is_missing(tmp_path):
+    with pytest.raises(ParameterError, match='lacks results.json, layers.json'): second.publish(tmp_path)
+
+
+def test_the_shipped_generator_draws_by_name_in_two_seconds():
+    begin = time.process_time()
+    generator = OneStepGenerator.from_pretrained('emoji')
+    pictures = generator.sample(['face', 'time'], seed=0)
+    assert time.process_time() - begin < 2
+    assert pictures.shape == (2, 3, 64, 64) and len(generator.class_names) == 15
+    folder = weights_path('emoji/generator').parent
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 16e6 and 'CC BY 4.0' in (folder/'ATTRIBUTION.txt').read_text()
+    with pytest.raises(ParameterError, match='label .* accepted'): generator.sample('dragon')
