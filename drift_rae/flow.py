@@ -17,8 +17,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .engine.files import (
-    SHIPPED, fill, load_weights, save_weights, weights_path)
+from .engine.files import SHIPPED, fill, load_weights, save_weights, weights_path
 from .engine.parameters import (
     MODELS, ParameterError, as_path, check_choice, check_device, check_positive, check_real,
     check_tensor, check_whole, number, several, shown)
@@ -159,11 +158,10 @@ class FlowConfig:
     def __post_init__(self): check_flow(self)
     @classmethod
     def preset(cls, name:str):
-        "Tiny: the miniature's training; nano and mini: other lengths; s, b, l, xl: that of ImageNet"
-        if name == 'tiny': return cls()
-        if name == 'nano': return cls(steps=6000)
-        if name == 'mini': return cls(steps=10_000, lr=(2e-3, 2e-5))
+        "Tiny: the miniature's training; nano, mini: other lengths; s, b, l, xl: ImageNet's"
         check_choice(MODELS, preset=name)
+        small = dict(tiny={}, nano=dict(steps=6000), mini=dict(steps=10_000, lr=(2e-3, 2e-5)))
+        if name in small: return cls(**small[name])
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),
                    shift=None, train_fixed=True, precision='bfloat16', readers=8)
 

@@ -117,6 +117,7 @@ def _real_rows(world):
     return {'held out': world.measure(world.held, world.held_labels),
             'reconstructions': world.measure((255*torch.cat(made)).byte(), world.held_labels)}
 
+# %% ../../nbs/own/11_world.ipynb #f2cfe8e2
 def _teacher_rows(world, **same):
     "Metrics of the teacher by guidance, and with the best one by steps"
     rows, home = {}, world.home
@@ -149,6 +150,7 @@ CHOICES = ( # side of the picture that the network sees (0: no network), layers,
     (64, (2, 3, 4), True), (64, (1, 2, 3), True), (0, (), True), (0, (), False),
     (128, (3, 4), True), (128, (2, 3), True))
 
+# %% ../../nbs/own/11_world.ipynb #b5b91276
 def unaltered(
     folder:str|Path, # a set of pictures, as emoji writes it
 )->tuple: # uint8 [N, 3, 64, 64], labels int64 [N]
@@ -168,6 +170,7 @@ def _choice(view, layers, weights):
     return FeatureEncoder(ENCODER['encoder'].removeprefix('timm:'), view, list(layers), grid,
                           channels, [.5]*3, [.5]*3, weights=str(weights))
 
+# %% ../../nbs/own/11_world.ipynb #4089d22c
 def compare_layers(
     home:str|Path, # folder of the command, with its pictures
     weights:str|Path, # file with the encoder's weights
@@ -277,6 +280,7 @@ def _half_weights(home, student, out):
     judge = load_picture_judge(home/'judge')
     save_weights(out/'judge.safetensors', judge.half().state_dict(), judge.config)
 
+# %% ../../nbs/own/11_world.ipynb #92dccab9
 def _some_pictures(home, out, each=3):
     "A sheet of held-out drawings, a row for each class, and their latents in half precision"
     pixels, labels = unaltered(home/'pictures'/'held_out')
