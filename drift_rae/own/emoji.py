@@ -226,8 +226,9 @@ def write_set(
     for p in pictures: by[p['kind']][p['set']].append(p)
     progress = Progress(len(by), 'class')
     for i, (kind, sets) in enumerate(sorted(by.items())):
-        for name, share in SPLITS.items(): # the same part of each set are copies
-            write_class(sets[name], out/name/kind, round(each*share/SPLITS['train']), seed)
+        for name, share in SPLITS.items(): # the judge alters its pictures itself
+            files = 0 if name == 'judge' else round(each*share/SPLITS['train'])
+            write_class(sets[name], out/name/kind, files, seed)
         progress(i)
     return {k: {s: len(by[k][s]) for s in SPLITS} for k in sorted(by)}
 
@@ -235,7 +236,7 @@ def write_set(
 def emoji(
     out:str='data/emoji', # folder for the pictures
     packages:str='', # folder with the two files of npm pack; empty: from the registry
-    each:int=600, # training pictures of a class, with altered copies; a third as many apart
+    each:int=600, # training pictures of a class, with altered copies; a third as many held out
     seed:int=0, # of the division into sets and of the alterations
 )->dict: # what was made
     "Fetch two packages of emoji and write the pictures of the second world"

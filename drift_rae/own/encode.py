@@ -42,7 +42,8 @@ def _check_bool(options):
     check_parameters(dict(options, flip=int(options['flip'])), **dict(ENCODE_RULES, flip=(0, 1)))
     check_output(options['out'], folder=True)
     kind = kind_of(options['encoder'])
-    users = dict(patch=('own',), channels=('own', 'timm'), weights=('timm',), layers=('timm',))
+    users = dict(patch=('own',), channels=('own', 'timm'), weights=('timm',), layers=('timm',),
+                 grid=('timm',), view=('timm',))
     for name, kinds in users.items():
         if kind not in kinds and options[name] not in ('', 0, '-1'): raise ParameterError(
             f"{name}={options[name]}: encoder={options['encoder']} does not use it")
