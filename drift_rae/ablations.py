@@ -141,7 +141,8 @@ for t in (1, 2): TEACHERS += [_teacher_row(*one, t) for one in _ABC]
 
 # %% ../nbs/08_ablations.ipynb #8548e1d5
 ROWS = (*TABLE_3, *TABLE_5, *TABLE_3_SHORT, *TABLE_5_SHORT, *TABLE_5_ORIGINAL, *TABLE_5_SQUARE,
-    *READINGS, *TABLE_6, *TABLE_7, *SWITCHES, *TABLE_5_LONG, *SAMPLES, *STEPS, *CLASSES, *RATE, *TEACHERS)
+    *READINGS, *TABLE_6, *TABLE_7, *SWITCHES, *TABLE_5_LONG, *SAMPLES, *STEPS, *CLASSES, *RATE,
+    *TEACHERS)
 
 def rows_of(
     table:str, # '3', '5 long', 'switches', ..

@@ -198,8 +198,8 @@ def _moved(c, parts, kept, noise, out):
 def _switches(c, tau):
     "The arguments of `field_weights` at a temperature"
     shift = 100/tau if c.guards == 'original' else math.inf
-    return dict(y_softmax=c.y_softmax, without_y=c.without_y, joint=c.softmax == 'joint', floor=c.floor,
-                self_shift=shift if c.self_term == 'masked' else 0.)
+    return dict(y_softmax=c.y_softmax, without_y=c.without_y, floor=c.floor,
+                joint=c.softmax == 'joint', self_shift=shift if c.self_term == 'masked' else 0.)
 
 # %% ../nbs/04_drifting.ipynb #fc33203f
 def _noise(s, c, unit, generators):

@@ -81,7 +81,8 @@ def tuned_row(
 )->Row: # of table 'tuned'
     "A row over the paper's 16 epochs with another learning rate"
     lr = f'lr=({1.25e-4*rate:g},{1.25e-6*rate:g})'
-    return replace(row, table='tuned', curve=0, changes=f'steps={LENGTH} {lr} {row.changes}'.strip())
+    changes = f'steps={LENGTH} {lr} {row.changes}'.strip()
+    return replace(row, table='tuned', curve=0, changes=changes)
 
 # %% ../nbs/08b_tuned.ipynb #816b0c07
 def _what(row, rate, per_class):
@@ -149,6 +150,7 @@ TABLES = { # table -> rows that are searched; 'both' of Table 5 is B
     '3': tuple(rows_of('3').values()),
     '5': tuple(r for r in rows_of('5').values() if r.name != 'both')}
 
+# %% ../nbs/08b_tuned.ipynb #d141b73b
 def searched(
     row:Row, # of Table 3 or 5
     folder:str|Path=None, # of the results; None: of this checkout
@@ -175,6 +177,7 @@ def next_rate(
     beyond = [r for r in RATES[max(0, place-1):place+2] if r not in tried]
     return beyond[0] if beyond else None
 
+# %% ../nbs/08b_tuned.ipynb #e1e1d68a
 def best_point(
     points:dict, # of searched
 )->tuple|None: # (rate, average, epoch); None: the search is not complete
@@ -222,6 +225,7 @@ def _searched_row(table, name):
     "The row that is run for a row of a table: 'both' of Table 5 is B"
     return rows_of('3')['B'] if (table, name) == ('5', 'both') else rows_of(table)[name]
 
+# %% ../nbs/08b_tuned.ipynb #cb5cc14c
 def tuned_fd(
     row:Row, # of Table 3 or 5
     at='best', # 'best', or one of EPOCHS, with the rate and the average of the row's best
@@ -248,6 +252,7 @@ def read_at(
     ratios = [paired_ratios(fd(c.row), fd(c.than)) for c in CLAIMS[table]]
     return {v.claim: v for v in decide(CLAIMS[table], ratios)}
 
+# %% ../nbs/08b_tuned.ipynb #c192a303
 def read_text(
     v:Verdict|None, # of read_at; None: of a table that is not searched
 )->str: # such as 'reproduced: -3.5 % [-5.1, -1.9]', or 'not run'

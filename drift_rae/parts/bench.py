@@ -202,7 +202,8 @@ def run_row(
     clipped = float(np.mean([r['gradient_norm'] > config.clip for r in log])) # share of the steps
     return dict(table=row.table, row=row.name, hash=recipe_hash(config, row.teacher, evaluation),
         seed=seed, noise_seed=noise_seed, figures=figures, end=_end_means(log), curve=curve,
-        clipped=clipped, seconds=seconds, recipe=recipe(config, row.teacher, evaluation), versions=versions())
+        clipped=clipped, seconds=seconds, recipe=recipe(config, row.teacher, evaluation),
+        versions=versions())
 
 # %% ../../nbs/parts/07a_bench.ipynb #07830ad3
 def results_folder()->Path: # nbs/results/ablations of the checkout

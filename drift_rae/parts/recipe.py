@@ -129,7 +129,8 @@ def _drift_recipe(drift):
     "The switches of a field; the reading of a removed y-softmax where it is a new one"
     d = drift.to_dict()
     reading = y_reading(drift.y_softmax, d.pop('without_y'), drift.floor)
-    if reading == 'factor' or drift.floor and reading in ('floor', 'plain'): d['without_y'] = reading
+    new = reading == 'factor' or drift.floor and reading in ('floor', 'plain')
+    if new: d['without_y'] = reading
     return d
 
 # %% ../../nbs/parts/05b_recipe.ipynb #6181de55

@@ -223,8 +223,8 @@ def check_samples(
 
 # %% ../../nbs/parts/03b_weights.ipynb #fb393574
 _CHOICES = dict(
-    y_softmax=(False, True), without_y=Y_READINGS, softmax=('separate', 'joint'), scale=('mean', 'raw'),
-    scope=('call', 'class', 'token'), normalisation=('unit', 'rms', 'none'),
+    y_softmax=(False, True), without_y=Y_READINGS, softmax=('separate', 'joint'),
+    scale=('mean', 'raw'), scope=('call', 'class', 'token'), normalisation=('unit', 'rms', 'none'),
     perturbation=('off', 'all', 'query'), perturbation_unit=('mean', 'coordinate', 'raw'),
     perturbation_draw=('shared', 'independent'), self_term=('masked', 'kept'),
     reduction=('paper', 'original'), guards=('none', 'original'))
