@@ -86,8 +86,8 @@ def _teacher_rows(full, short, best):
     return [('the teacher is ahead of the student', '1.13 / 1.77', full, 'fd',
              "the teacher's 49 evaluations, without guidance; the paper's teacher is guided"),
         (f"the same, at the teacher's best number of evaluations ({best})", '1.13 / 1.77', short,
-             'fd', 'the number was chosen by the first judge, on other noises; the second judge has '
-             'the student ahead'),
+             'fd', 'the number was chosen by the first judge, on other noises; the second judge '
+             'has the student ahead'),
         ('equal precision', '0.78 / 0.78', full, 'precision', 'against 49 evaluations'),
         ('smaller recall of the student', '0.67 / 0.63', full, 'recall', 'against 49 evaluations')]
 
