@@ -191,9 +191,6 @@ def _check_weights(name, w, shape):
     if not bool(((w >= 0) & w.isfinite()).all()):
         raise ParameterError(f'{name} has negative or infinite entries: '
                              'accepted are numbers from 0')
-    if name == 'weight_pos' and not bool((w > 0).any(1).all()):
-        raise ParameterError('weight_pos: a row has only zeros, so nothing would attract; '
-                             'accepted is a number above 0 in each row')
 
 # %% ../../nbs/parts/03b_weights.ipynb #203c2c49
 def check_samples(
