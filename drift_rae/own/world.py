@@ -77,13 +77,13 @@ class World:
         def read(name): return read_pictures(Pictures(self.home/'pictures'/name, size))[:2]
         (self.train, self.labels), (self.held, self.held_labels) = read('train'), read('held_out')
         self.reference = load_reference(TensorImages(self.train), self.extractor)
-        self.spread = within_class(self.features(self.train), self.labels)
+        self.spread = within_class(self._features(self.train), self.labels)
         self.near = nearest_pixels(self.held, self.train)
 
 # %% ../../nbs/own/11_world.ipynb #f3d28441
 @patch
 @torch.no_grad()
-def features(self:World, pixels:Tensor)->Tensor: # [N, D]
+def _features(self:World, pixels:Tensor)->Tensor: # [N, D]
     "The judge's features of uint8 pictures"
     return torch.cat([self.judge.features(x.float()/255) for x in pixels.split(256)])
 
@@ -95,7 +95,7 @@ def measure(self:World, pixels:Tensor, labels:Tensor)->dict:
     right = (judged(self.judge, pixels) == labels).float().mean()
     names = ('fd', 'fd_bias', 'n', 'n_real', 'precision', 'recall')
     return dict({k: float(found[k]) for k in names}, accuracy=float(right),
-                spread=within_class(self.features(pixels), labels)/self.spread,
+                spread=within_class(self._features(pixels), labels)/self.spread,
                 copies=nearest_pixels(pixels, self.train)/self.near)
 
 # %% ../../nbs/own/11_world.ipynb #b0ce1735
