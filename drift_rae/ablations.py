@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE_3', 'TABLE_3_SHORT', 'TABLE_5', 'TABLE_5_SHORT', 'TABLE_5_LONG', 'TABLE_5_ORIGINAL', 'TABLE_5_SQUARE',
            'READINGS', 'TABLE_6', 'TABLE_7', 'SWITCHES', 'SAMPLES', 'STEPS', 'CLASSES', 'RATE', 'TEACHERS', 'ROWS',
-           'CLAIMS', 'PRIMARY', 'rows_of', 'stored', 'missing', 'rebuild_results', 'clipped_share', 'main',
-           'step_memory']
+           'CLAIMS', 'PRIMARY', 'rows_of', 'stored', 'missing', 'rebuild_results', 'clipped_share', 'list_parser',
+           'main', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #321b6da5
 import argparse, json, os, time
@@ -245,17 +245,25 @@ def clipped_share(
     return found and found['clipped']
 
 # %% ../nbs/08_ablations.ipynb #782149f7
+def list_parser(
+    module:str, # of `python -m`
+    does:str, # what the program does
+    tables:str, # what --tables accepts, for the help
+)->argparse.ArgumentParser: # with --tables, --minutes and --folder
+    "The options of the programs that run lists of rows"
+    parser = argparse.ArgumentParser(prog=f'python -m {module}', description=does)
+    parser.add_argument('--tables', nargs='*', default=[], help=tables)
+    parser.add_argument('--minutes', type=float, default=0, help='start no new run after this time')
+    parser.add_argument('--folder', default=None)
+    return parser
+
 def main(
     arguments=None, # list of strings; None: the command line's
 ):
     "python -m drift_rae.ablations"
-    parser = argparse.ArgumentParser(prog='python -m drift_rae.ablations',
-        description='Run the rows of the tables that have no result yet')
-    parser.add_argument('--tables', nargs='*', default=[],
-        help='names such as 3 5 switches; none: all')
+    parser = list_parser('drift_rae.ablations', 'Run the rows of the tables that have no result yet',
+                         'names such as 3 5 switches; none: all')
     parser.add_argument('--seeds', type=int, default=5)
-    parser.add_argument('--minutes', type=float, default=0, help='start no new run after this time')
-    parser.add_argument('--folder', default=None)
     a = parser.parse_args(arguments)
     try: rebuild_results(a.tables, a.seeds, a.folder, a.minutes)
     except ParameterError as e: parser.error(str(e))

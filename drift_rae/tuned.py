@@ -8,7 +8,7 @@ __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGE
            'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'read_text', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
-import argparse, copy, io, time
+import copy, io, time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from .engine.parameters import ParameterError
 from .engine.progress import Progress, limit_threads
-from .ablations import CLAIMS, rows_of
+from .ablations import CLAIMS, list_parser, rows_of
 from .distill import distill
 from .flow import one_step
 from .parts.bench import Bench, EVALUATION, Row, cached, recipe
@@ -265,14 +265,11 @@ def main(
     arguments=None, # list of strings; None: the command line's
 ):
     "python -m drift_rae.tuned"
-    parser = argparse.ArgumentParser(prog='python -m drift_rae.tuned',
-        description='Search and run the rows of Tables 3 and 5 that have no result yet')
-    parser.add_argument('--tables', nargs='*', default=list(TABLES), help='3 5; none: both')
+    parser = list_parser('drift_rae.tuned', 'Search and run the rows of Tables 3 and 5 that have no '
+                         'result yet', '3 5; none: both')
     parser.add_argument('--seeds', nargs='*', type=int, default=list(FRESH_SEEDS))
-    parser.add_argument('--minutes', type=float, default=0, help='start no new run after this time')
-    parser.add_argument('--folder', default=None)
     a = parser.parse_args(arguments)
-    try: rebuild_tuned(a.tables, a.seeds, a.folder, a.minutes)
+    try: rebuild_tuned(a.tables or list(TABLES), a.seeds, a.folder, a.minutes)
     except ParameterError as e: parser.error(str(e))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook

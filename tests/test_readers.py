@@ -22,13 +22,13 @@ def test_a_run_is_the_same_for_any_number_of_readers(tmp_path):
 
 def test_the_table_says_how_long_a_step_waits(tmp_path):
     store = small_runs.store()
-    draw = store.draw
-    def slow(label, n, generator): time.sleep(.05); return draw(label, n, generator)
+    draw, pause = store.draw, .2
+    def slow(label, n, generator): time.sleep(pause); return draw(label, n, generator)
     store.draw = slow
     _, rows = distill(small_runs.teacher(), store, small_runs.config(), folder=tmp_path)
-    assert max(r['seconds_waiting'] for r in rows) > .02 # four classes of 50 ms each, less what a busy machine computes meanwhile
-    assert all(r['seconds_waiting'] >= 0 for r in rows)
+    assert all(r['seconds_waiting'] > .02 for r in rows) # four classes of 200 ms each, less what a busy machine computes meanwhile
     assert float(list(csv.DictReader(open(tmp_path/'log.csv')))[-1]['seconds_waiting']) == rows[-1]['seconds_waiting']
+    pause = .05
     _, rows = distill(small_runs.teacher(), store, small_runs.config(readers=16, steps=12))
     assert sum(r['seconds_waiting'] for r in rows[-4:]) < 4*.1
 

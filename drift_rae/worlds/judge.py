@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..engine.parameters import (
-    ParameterError, check_images, check_tensor, check_whole)
-from ..engine.files import hash_weights, load_weights, weights_path
+    check_images, check_tensor, check_whole)
+from ..engine.files import fill, hash_weights, load_weights, weights_path
 from ..engine.streams import check_labels, stream
 from ..engine.training import fit
 from .data import deform
@@ -94,12 +94,9 @@ def load_judge(
 )->Judge: # frozen, in evaluation mode
     "Read the judge; ParameterError if the weights do not fit"
     folder = '' if str(name_or_path) == 'tiny' else name_or_path
-    weights, config = load_weights(weights_path('tiny/judge', folder))
-    judge = Judge(**config)
-    try: judge.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ParameterError(f'judge.safetensors does not fit its configuration: {e}') from e
-    return judge.eval().requires_grad_(False)
+    path = weights_path('tiny/judge', folder)
+    weights, config = load_weights(path)
+    return fill(Judge(**config), weights, path).requires_grad_(False)
 
 # %% ../../nbs/worlds/02b_judge.ipynb #28d2d2dd
 def judge_extractor(

@@ -9,8 +9,7 @@ __all__ = ['SecondJudge', 'load_second_judge']
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..engine.parameters import ParameterError
-from ..engine.files import load_weights, weights_path
+from ..engine.files import fill, load_weights, weights_path
 from .judge import Judge, train_judge
 
 # %% ../../nbs/worlds/02c_second.ipynb #6a1b9c01
@@ -47,10 +46,6 @@ def load_second_judge(
 )->SecondJudge: # frozen, in evaluation mode
     "Read the second judge; ParameterError if the weights do not fit"
     folder = '' if str(name_or_path) == 'tiny' else name_or_path
-    weights, config = load_weights(weights_path('tiny/second_judge', folder))
-    judge = SecondJudge(**config)
-    try: judge.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ParameterError('second_judge.safetensors does not fit its configuration: '
-                             f'{e}') from e
-    return judge.eval().requires_grad_(False)
+    path = weights_path('tiny/second_judge', folder)
+    weights, config = load_weights(path)
+    return fill(SecondJudge(**config), weights, path).requires_grad_(False)
