@@ -246,7 +246,7 @@ def clipped_share(
 
 # %% ../nbs/08_ablations.ipynb #782149f7
 def list_parser(
-    module:str, # of `python -m`
+    module:str, # after python -m
     does:str, # what the program does
     tables:str, # what --tables accepts, for the help
 )->argparse.ArgumentParser: # with --tables, --minutes and --folder
@@ -261,7 +261,8 @@ def main(
     arguments=None, # list of strings; None: the command line's
 ):
     "python -m drift_rae.ablations"
-    parser = list_parser('drift_rae.ablations', 'Run the rows of the tables that have no result yet',
+    parser = list_parser('drift_rae.ablations',
+                         'Run the rows of the tables that have no result yet',
                          'names such as 3 5 switches; none: all')
     parser.add_argument('--seeds', type=int, default=5)
     a = parser.parse_args(arguments)

@@ -265,8 +265,9 @@ def main(
     arguments=None, # list of strings; None: the command line's
 ):
     "python -m drift_rae.tuned"
-    parser = list_parser('drift_rae.tuned', 'Search and run the rows of Tables 3 and 5 that have no '
-                         'result yet', '3 5; none: both')
+    parser = list_parser('drift_rae.tuned',
+                         'Search and run the rows of Tables 3 and 5 that have no result yet',
+                         '3 5; none: both')
     parser.add_argument('--seeds', nargs='*', type=int, default=list(FRESH_SEEDS))
     a = parser.parse_args(arguments)
     try: rebuild_tuned(a.tables or list(TABLES), a.seeds, a.folder, a.minutes)
