@@ -152,17 +152,19 @@ LAZY = ('timm', 'torchvision', 'matplotlib', 'sklearn')
 
 @pytest.mark.parametrize('module', ['drift_rae.parts.generator', 'drift_rae.distill', 'drift_rae.drifting', 'drift_rae.commands.sample'])
 def test_a_first_import_is_light(module):
-    "No heavy package, and less than a second beyond torch, on an idle machine; the best of three"
+    "No heavy package, and at most two thirds of what torch itself takes (1.5 s on an idle machine): the best of three"
     code = f'''
-import sys, time, torch
-start = time.perf_counter()
+import sys, time
+start = time.process_time()
+import torch
+of_torch = time.process_time() - start
 import {module}
-print(time.perf_counter() - start, *[m for m in {LAZY} if m in sys.modules])'''
+print((time.process_time() - start - of_torch)/of_torch, *[m for m in {LAZY} if m in sys.modules])'''
     found = [python('-c', code) for _ in range(3)]
     assert all(f.returncode == 0 for f in found), found[0].stderr
-    seconds = [float(f.stdout.split()[0]) for f in found]
+    ratios = [float(f.stdout.split()[0]) for f in found]
     assert not found[0].stdout.split()[1:]
-    assert min(seconds) < 1*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)), seconds
+    assert min(ratios) < 2/3, ratios
 
 def test_papermill_shows_the_running_step(tmp_path):
     import nbformat
