@@ -37,13 +37,13 @@ def distill(
     latents:str, # folder written by encode
     teacher:str='runs/own/teacher', # folder or file written by teach
     out:str='runs/own/generator', # output folder
-    model:str='nano', # size of the teacher: nano, mini, s, b, l or xl
+    model:str='mini', # size of the teacher: nano, mini, s, b, l or xl
     preset:str='c', # a, b or c: the rows of the paper's Table 3
     steps:int=0, # updates; 0: the preset's
     n_class:int=0, # classes per step; 0: the preset's, or all if there are fewer
     n_pos:int=0, # real samples of a class; 0: the preset's, or all of the smallest class
     autoencoder:str='', # empty: the one that made the latents
-    nproc:int=0, # processes; 0: one for each GPU, or for nano one for each core
+    nproc:int=0, # processes; 0: one for each GPU, or for a small model one for each core
     changes:str='', # further fields of DistillConfig, such as n_neg=16
     seed:int=0, # of everything random
     resume:str='auto', # auto: continue; never: start over; must: refuse to start over

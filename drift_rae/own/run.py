@@ -86,7 +86,7 @@ def _check_classes(images, model, nproc):
 def run(
     images:IMAGES='', # folder with one folder of pictures for each class
     out:str='runs/own', # output folder
-    model:str='nano', # size of the network: nano, mini, s, b, l or xl
+    model:str='mini', # size of the network: nano, mini, s, b, l or xl
     encoder:str='own', # own, a released RAE (dinov2-b), the folder of an RAE, or timm:NAME
     size:int=0, # side of the pictures in pixels; 0: 32 for own, 128 for timm
     channels:int=0, # numbers of a token; 0: 32 to 96 for own by its patch, 64 for timm
@@ -95,14 +95,14 @@ def run(
     weights:str='', # timm: a file with the network's weights; empty: from the Hub
     networks:str='', # folder with the weights of LPIPS and the discriminator; empty: without
     encoder_steps:int=0, # updates of an own encoder; 0: 150
-    decoder_steps:int=0, # updates of the decoder; 0: 1200
+    decoder_steps:int=0, # updates of the decoder; 0: 2400
     teach_steps:int=0, # updates of the teacher; 0: the preset's
     steps:int=0, # updates of the distillation; 0: the preset's
     flip:bool=False, # also use the mirror images
     dataset:str='', # cifar10, flowers102 or imagenette, by torchvision, instead of a folder
     root:str='data', # where torchvision puts a data set
     workers:int=0, # processes that read pictures; 0: this one
-    nproc:int=0, # processes; 0: one for each GPU, or for nano one for each core, up to 4
+    nproc:int=0, # processes; 0: one for each GPU, or for a small model one for each core, up to 4
     grid:int=0, # timm: tokens per side; 0: those of the finest layer, at most 16
     view:int=0, # timm: side at which the network sees a picture; 0: as in its training
     apart:str='', # class folders on which reconstructions are judged; empty: part of the pictures

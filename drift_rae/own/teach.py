@@ -104,12 +104,12 @@ def flow_processes(
 def teach(
     latents:str, # folder written by encode
     out:str='runs/own/teacher', # output folder
-    model:str='nano', # size of the network: nano, mini, s, b, l or xl
+    model:str='mini', # size of the network: nano, mini, s, b, l or xl
     steps:int=0, # updates; 0: the preset's
     batch:int=0, # latents per update; 0: the preset's
     autoencoder:str='', # for the sheets; empty: the one that made the latents
     precision:str='float32', # of the forward pass, or bfloat16
-    nproc:int=0, # processes; 0: one for each GPU, or for nano one for each core, up to 4
+    nproc:int=0, # processes; 0: one for each GPU, or for a small model one for each core, up to 4
     seed:int=0, # of weights, batches and noise
     resume:str='auto', # auto: continue; never: start over; must: refuse to start over
 )->str: # the teacher's file

@@ -225,7 +225,7 @@ def world(
     each:int=600, # training pictures of a class, with altered copies
     decoder_steps:int=5000, # updates of the decoder
     judge_steps:int=1500, # updates of the judge
-    teach_steps:int=0, # updates of the teacher; 0: the preset's
+    teach_steps:int=10_000, # updates of the teacher; 0: the preset's
     steps:int=0, # updates of a student; 0: the preset's
     rate:float=0., # learning rate of both students; 0: the best of three, on another seed
     per_class:int=40, # generated pictures of a class, for each row of the results
