@@ -16,7 +16,7 @@ from .from_scratch import (
     CLAIMS as SCRATCH_CLAIMS, ROWS as SCRATCH_ROWS, scratch_recipe)
 from .metrics.verdicts import (
     Claim, chances_text, decide, format_percent, p_text, paired_ratios)
-from .tuned import Judges, made_images, read_at, read_text
+from .tuned import Judges, made_images, one_sign, read_at, read_text
 from .parts.generator import OneStepGenerator
 from .parts.bench import Bench, EVALUATION, cached, figures_of, log_ratios
 from .worlds.findings import (
@@ -201,12 +201,13 @@ def settled(
     word:str, # the verdict of one setting
     best:str, # the verdict at each row's best in a few words, or 'not run'
     epochs:str, # the verdict after 16 epochs in a few words, or 'not run'
+    stable:bool=True, # one sign at every stopping time from 8 epochs on, see one_sign
 )->str: # the word of the claim
     "What the verdicts of several settings say together"
     decided = ('reproduced', 'not reproduced')
     if word not in decided: return word
     said = {w for w in decided for text in (best, epochs) if text.startswith(f'{w}:')}
-    if said - {word}: return 'depends on length and rate'
+    if said - {word} or not stable: return 'depends on length and rate'
     whole = all(text.startswith(f'{word}:') for text in (best, epochs))
     return word if whole else f'{word} at one setting'
 
@@ -218,7 +219,11 @@ def _tuned(finding, epochs):
     claim = next(c for c in CLAIMS[table] if str(c) == finding.claim)
     best, later = (read_text(read_at(table, at).get(claim)) for at in ('best', 16))
     epochs = later if later != 'not run' else epochs or later
-    return replace(finding, best=best, epochs=epochs, word=settled(finding.word, best, epochs))
+    word = settled(finding.word, best, epochs, one_sign(table, claim))
+    second = read_at(table, 'second').get(claim)
+    reads = finding.reads if second is None or not len(second.ratios) else (
+        f"{finding.reads}; second judge at each row's best: {format_percent(second.ratios)}")
+    return replace(finding, best=best, epochs=epochs, word=word, reads=reads)
 
 # %% ../nbs/11_claims.ipynb #1ca3e1ff
 def ablation_findings(

@@ -158,9 +158,9 @@ class FlowConfig:
     def __post_init__(self): check_flow(self)
     @classmethod
     def preset(cls, name:str):
-        "Tiny: the miniature's training; nano: longer; mini: a lower rate; s to xl: ImageNet's"
+        "Tiny: the miniature's training; nano: longer; mini: shorter, lower rate; s to xl: ImageNet's"
         check_choice(MODELS, preset=name)
-        small = dict(tiny={}, nano=dict(steps=6000), mini=dict(lr=(2e-3, 2e-5)))
+        small = dict(tiny={}, nano=dict(steps=6000), mini=dict(steps=4000, lr=(2e-3, 2e-5)))
         if name in small: return cls(**small[name])
         return cls(steps=800*1251, batch=1024, lr=(2e-4, 2e-5), hold=40*1251, ema=(.9995, 0),
                    shift=None, train_fixed=True, precision='bfloat16', readers=8)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGES', 'FRESH_SEEDS', 'FRESH_IMAGES', 'NEIGHBOURS',
            'TABLES', 'Judges', 'made_images', 'tuned_row', 'run_tuned', 'stored_run', 'searched', 'next_rate',
-           'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'read_text', 'main']
+           'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
 import copy, io, time
@@ -228,7 +228,7 @@ def _searched_row(table, name):
 # %% ../nbs/08b_tuned.ipynb #cb5cc14c
 def tuned_fd(
     row:Row, # of Table 3 or 5
-    at='best', # 'best', or one of EPOCHS, with the rate and the average of the row's best
+    at='best', # 'best', 'second' (the same by the second judge), or one of EPOCHS
     folder:str|Path=None, # of the results; None: of this checkout
 )->dict: # seed -> Frechet distance; empty if the search is not complete
     "The reported distances of a row"
@@ -237,13 +237,14 @@ def tuned_fd(
     (rate, average, epoch), found = point, {}
     for seed in FRESH_SEEDS:
         run = stored_run(row, rate, seed, None, folder)
-        if run: found[seed] = run['reads'][average][str(epoch if at == 'best' else at)]['fd']
+        if run and at == 'second': found[seed] = run['judges']['second']['fd']
+        elif run: found[seed] = run['reads'][average][str(epoch if at == 'best' else at)]['fd']
     return found
 
 # %% ../nbs/08b_tuned.ipynb #2dc231b6
 def read_at(
     table:str, # '3', '5', ..
-    at='best', # 'best', or one of EPOCHS
+    at='best', # as in tuned_fd
     folder:str|Path=None, # of the results; None: of this checkout
 )->dict: # Claim -> Verdict; empty for a table that is not searched
     "The verdicts on a table's claims from the tuned runs, as one family"
@@ -251,6 +252,17 @@ def read_at(
     def fd(name): return tuned_fd(_searched_row(table, name), at, folder)
     ratios = [paired_ratios(fd(c.row), fd(c.than)) for c in CLAIMS[table]]
     return {v.claim: v for v in decide(CLAIMS[table], ratios)}
+
+# %% ../nbs/08b_tuned.ipynb #a4025639
+def one_sign(
+    table:str, # '3' or '5'
+    claim, # one of its claims
+    folder:str|Path=None, # of the results; None: of this checkout
+)->bool: # also True where nothing has been run
+    "Whether a difference has the same sign at every stopping time from 8 epochs on"
+    read = [read_at(table, at, folder).get(claim) for at in EPOCHS if at >= 8]
+    signs = {np.mean(v.ratios) > 0 for v in read if v is not None and len(v.ratios)}
+    return len(signs) < 2
 
 # %% ../nbs/08b_tuned.ipynb #c192a303
 def read_text(
