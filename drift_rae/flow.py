@@ -158,7 +158,7 @@ class FlowConfig:
     def __post_init__(self): check_flow(self)
     @classmethod
     def preset(cls, name:str):
-        "Tiny: the miniature's training; nano: longer; mini: shorter, lower rate; s to xl: ImageNet's"
+        "Tiny: the miniature's; nano: longer; mini: shorter, lower rate; s to xl: ImageNet's"
         check_choice(MODELS, preset=name)
         small = dict(tiny={}, nano=dict(steps=6000), mini=dict(steps=4000, lr=(2e-3, 2e-5)))
         if name in small: return cls(**small[name])
