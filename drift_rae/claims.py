@@ -188,9 +188,6 @@ def _rows_table(use, where, table, claims, reads=None):
 CLAIMS = {**ABLATION_CLAIMS, '9': SCRATCH_CLAIMS} # table -> claims
 
 # %% ../nbs/11_claims.ipynb #e5d61186
-_STOPPING = {
-    CLAIMS['3'][0]: 'at 600 steps',
-    CLAIMS['3'][1]: 'at 600 steps; the lead was gone at 850 steps, in one run'}
 _WITHDRAWN = Finding('Table 5', 'without the y-softmax training collapses, and the perturbation '
     'cures it', '2.44 before the collapse', "no row collapses in Drift-RAE's field", 'withdrawn',
     '08_ablations.ipynb#the-originals-field', "an earlier verdict is withdrawn: in the original's "
@@ -235,7 +232,8 @@ def ablation_findings(
     long = _rows_table(use, 'Table 5', '5 long', CLAIMS['5'])
     epochs = {f.claim: f'{f.word}: {f.here.split("; ")[1]}' for f in long}
     progress = dict.fromkeys(CLAIMS['6'], 'at 300 steps and one rate; may be progress in training')
-    found = [*_rows_table(use, 'Table 3', '3', CLAIMS['3'], _STOPPING),
+    found = [
+        *_rows_table(use, 'Table 3', '3', CLAIMS['3'], dict.fromkeys(CLAIMS['3'], 'at 600 steps')),
         *_rows_table(use, 'Table 5', '5', CLAIMS['5'],
             dict.fromkeys(CLAIMS['5'], "at 600 steps, in Drift-RAE's field")), _WITHDRAWN,
         *_rows_table(use, 'Table 6', '6', CLAIMS['6'], progress),
