@@ -252,7 +252,7 @@ def scratch_findings(
         fd[name] = {s: d['figures']['fd'] for s, d in kept.items() if d}
     ratios = [paired_ratios(fd[c.row], fd[c.than]) for c in CLAIMS['9']]
     values = {n: (SCRATCH_ROWS[n][2], np.mean(list(v.values()))) for n, v in fd.items() if v}
-    reads = {CLAIMS['9'][1]: 'at the better of two rates, the lower edge of what was tried'}
+    reads = {CLAIMS['9'][1]: 'each row at the best of its learning rates'}
     return _table('Table 9', CLAIMS['9'], values, ratios, '09_from_scratch.ipynb#result', reads)
 
 # %% ../nbs/11_claims.ipynb #ee4f4f08

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SCRATCH', 'RATES', 'CLAIMS', 'LatentMAE', 'train_mae', 'scratch_config', 'maps', 'from_scratch',
-           'scratch_recipe', 'relative_length', 'scratch_result']
+           'scratch_recipe', 'relative_length', 'after_another_trip', 'scratch_result']
 
 # %% ../nbs/09_from_scratch.ipynb #71ef98f5
 import io, time
@@ -85,8 +85,8 @@ ROWS = { # name -> space, map, the paper's FID
     'VAE, auxiliary features': ('VAE', 'mae',     None),
     'RAE, auxiliary features': ('RAE', 'mae',     None)}
 SCRATCH = 'n_class=2 n_pos=32 n_neg=32 n_extra_neg=0 steps=2000'
-RATES = { # learning rates at the start, see what was tried below; the last is a hundredth
-    'VAE': 5e-3, 'RAE': 5e-3, 'RAE, decode-encode': 1e-3, 'VAE, decode, RAE encode': 1e-3,
+RATES = { # learning rates at the start, see below what was tried; the last is a hundredth
+    'VAE': 5e-3, 'RAE': 5e-3, 'RAE, decode-encode': 2e-3, 'VAE, decode, RAE encode': 1e-3,
     'VAE, auxiliary features': 5e-3, 'RAE, auxiliary features': 1e-3}
 
 # %% ../nbs/09_from_scratch.ipynb #7c1a1139
@@ -166,13 +166,27 @@ def relative_length(
     real = space.store.batch(300, stream(seed, 'length'))[0].flatten(1)
     return (x.norm(dim=1).mean()/real.norm(dim=1).mean()).item()
 
+# %% ../nbs/09_from_scratch.ipynb #2bac5308
+def after_another_trip(
+    generate, # noise [N, C, h, w], labels int64 [N] -> RAE latents [N, C, h, w]
+    space:Space, # of the RAE
+    rae, # RAE with its encoder
+    noise_seed:int, # of the noises
+    per_class:int=EVALUATION['per_class'], # images of each digit
+)->dict: # figures of D(E(D(x))), as of Space.evaluate
+    "Judge the images of generated latents that have gone through decoder and encoder once more"
+    through = through_images(rae)[0]
+    @torch.no_grad()
+    def trip(z, y): return through(generate(z, y))
+    return space.evaluate(trip, per_class, noise_seed)
+
 # %% ../nbs/09_from_scratch.ipynb #c290fe88
 def scratch_result(
     name:str, # of ROWS
     spaces:dict, # 'RAE' and 'VAE' -> Space
     seed:int=0, # of weights and samples
     config:DistillConfig=None, # None: scratch_config
-)->dict: # figures, curve, gradient norms, seconds
+)->dict: # figures, those of D(E(D(x))) for decode-encode, curve, gradient norms, seconds
     "Train one row and judge it"
     space, begin = spaces[ROWS[name][0]], time.process_time()
     with redirect_stdout(io.StringIO()):
@@ -180,6 +194,10 @@ def scratch_result(
     seconds, noise_seed = time.process_time() - begin, EVALUATION['noise_seed'] + seed
     norms = [r['gradient_norm'] for r in log]
     def generate(z, y): return one_step(model, z, y)
-    return dict(figures=space.evaluate(generate, EVALUATION['per_class'], noise_seed), curve=curve,
+    figures = space.evaluate(generate, EVALUATION['per_class'], noise_seed)
+    again = {}
+    if ROWS[name][:2] == ('RAE', 'through'):
+        again = after_another_trip(generate, space, spaces['RAE'].rae, noise_seed)
+    return dict(figures=figures, again=again, curve=curve,
         length=relative_length(model, space, seed),
         gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))
