@@ -169,13 +169,12 @@ def relative_length(
 # %% ../nbs/09_from_scratch.ipynb #2bac5308
 def after_another_trip(
     generate, # noise [N, C, h, w], labels int64 [N] -> RAE latents [N, C, h, w]
-    space:Space, # of the RAE
-    rae, # RAE with its encoder
+    space:Space, # of the RAE, with its encoder
     noise_seed:int, # of the noises
     per_class:int=EVALUATION['per_class'], # images of each digit
 )->dict: # figures of D(E(D(x))), as of Space.evaluate
     "Judge the images of generated latents that have gone through decoder and encoder once more"
-    through = through_images(rae)[0]
+    through = through_images(space.rae)[0]
     @torch.no_grad()
     def trip(z, y): return through(generate(z, y))
     return space.evaluate(trip, per_class, noise_seed)
@@ -197,7 +196,7 @@ def scratch_result(
     figures = space.evaluate(generate, EVALUATION['per_class'], noise_seed)
     again = {}
     if ROWS[name][:2] == ('RAE', 'through'):
-        again = after_another_trip(generate, space, spaces['RAE'].rae, noise_seed)
+        again = after_another_trip(generate, space, noise_seed)
     return dict(figures=figures, again=again, curve=curve,
         length=relative_length(model, space, seed),
         gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))
