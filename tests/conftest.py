@@ -6,6 +6,11 @@ torch.set_num_threads(1)
 
 import pytest
 
+@pytest.fixture(scope='module')
+def forked_workers():
+    import programs
+    with programs.forked_workers(): yield
+
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes of computation, run only with -m slow')
 
 # the longest first, so that no worker is left alone with one of them at the end

@@ -1,16 +1,24 @@
-"""papermill as a person starts it, for all tests. Importing papermill takes longer than many of the notebooks that
-tests run, so one process per test process imports it, and each run is a fork of that process: the same program, with
-its own folder, environment, output and exit code."""
+"""Python programs as a person starts them, for all tests. Importing torch, papermill and Jupyter takes longer than many
+of the programs that tests start, so one process per test process imports them (and nothing of drift_rae), and each
+program is a fork of it: the same code, with its own folder, environment, output and exit code. The kernel that papermill
+starts is a fork, too."""
 import atexit
 import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IMPORTED = ('torch', 'torch._dynamo', 'torch.distributed.run', 'timm', 'safetensors.torch', 'scipy.linalg', 'papermill.cli',
+            'papermill.iorw', 'papermill.engines', 'nbclient', 'jupyter_client', 'ipykernel.kernelapp', 'ipykernel.ipkernel')
 
 
 def environment(**more):
@@ -21,57 +29,194 @@ def environment(**more):
 
 @lru_cache
 def server():
-    "The process that has imported papermill"
+    "The process that has imported what takes long"
     process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     atexit.register(process.stdin.close)
     return process
 
 
-def run(argv, cwd, env):
-    "`papermill *argv` in a folder; returns the finished process with its output, as subprocess.run does"
-    with tempfile.TemporaryDirectory() as d:
-        job = dict(argv=list(map(str, argv)), cwd=str(cwd), env=env, out=f'{d}/out', err=f'{d}/err')
+class Program:
+    "A started program, with the methods of subprocess.Popen that tests use"
+    def __init__(self, argv, cwd=None, env=None, out=None, err=None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.args, self.returncode, self.status = list(map(str, argv)), None, Path(self.folder.name, 'status')
+        self.out, self.err = (Path(f or Path(self.folder.name, name)).absolute() for f, name in ((out, 'out'), (err or out, 'err')))
+        job = dict(argv=self.args, cwd=str(cwd or os.getcwd()), env=env or environment(), status=str(self.status), out=str(self.out), err=str(self.err))
         server().stdin.write(json.dumps(job) + '\n')
         server().stdin.flush()
         answer = server().stdout.readline()
-        if not answer: raise RuntimeError('the process that forks papermill has ended')
-        return subprocess.CompletedProcess(['papermill', *job['argv']], int(answer), *(Path(job[k]).read_text() for k in ('out', 'err')))
+        if not answer: raise RuntimeError('the process that forks programs has ended')
+        self.pid = int(answer)
+
+    def poll(self):
+        if self.returncode is None and self.status.exists(): self.returncode = int(self.status.read_text())
+        return self.returncode
+
+    def wait(self, timeout=None):
+        end = time.monotonic() + timeout if timeout else float('inf')
+        while self.poll() is None:
+            if time.monotonic() > end: raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(.01)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+    def finished(self):
+        "Wait; the program with its output, as subprocess.run returns it"
+        self.wait()
+        return subprocess.CompletedProcess(self.args, self.returncode, *(f.read_text(errors='replace') for f in (self.out, self.err)))
+
+
+def run(argv, cwd=None, env=None):
+    "`python *argv` in a folder, as subprocess.run does it with captured text"
+    return Program(argv, cwd, env).finished()
 
 
 def papermill(notebook, folder, made='out.ipynb', env=None, /, **parameters):
     "Run a notebook of the book from a folder, with parameters"
     given = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
-    return run(['--no-progress-bar', ROOT/'nbs'/f'{notebook}.ipynb', made, *given], folder, environment(**(env or {})))
+    return run(['-m', 'papermill', '--no-progress-bar', ROOT/'nbs'/f'{notebook}.ipynb', made, *given], folder, environment(**(env or {})))
+
+
+@contextmanager
+def forked_workers():
+    "Processes of `launch` are forks of one that has imported torch, as those of the main job are: the import takes longer than most tests"
+    from drift_rae.engine import launch
+    before = launch.START
+    if 'forkserver' in multiprocessing.get_all_start_methods():
+        multiprocessing.get_context('forkserver').set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'drift_rae.distill'])
+        launch.START = 'forkserver'
+    try: yield
+    finally: launch.START = before
+
+
+# --- in the process that imports and forks
+
+def settle(cwd, env):
+    "Folder, environment and search path of a new program"
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:] = [*filter(None, env.get('PYTHONPATH', '').split(os.pathsep)), *PATHS]
+
+
+class Kernel:
+    "A fork that waits until papermill starts its kernel, and then is that kernel: the Popen that jupyter_client makes"
+    stdin = stdout = stderr = returncode = None
+
+    def __init__(self):
+        read, self.told = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(read)
+            while os.getpgid(self.pid) != self.pid: time.sleep(.001) # jupyter_client sends signals to this group
+            return
+        os.setsid()
+        os.close(self.told)
+        with open(read) as f: order = f.read()
+        if order: self.become(**json.loads(order))
+        os._exit(0)
+
+    def become(self, argv, cwd, env):
+        "The kernel, as `python -m ipykernel_launcher` runs it"
+        settle(cwd, env)
+        from ipykernel.kernelapp import launch_new_instance
+        launch_new_instance(argv=argv)
+
+    def start(self, command, cwd=None, env=None, **options):
+        "In place of jupyter_client.launcher.launch_kernel"
+        assert command[1:3] == ['-m', 'ipykernel_launcher'], command
+        env = dict(env or os.environ, JPY_PARENT_PID=str(os.getpid()))
+        parent = f'--IPKernelApp.parent_handle={os.getpid()}' # ipykernel reads the variable when it is imported
+        with open(self.told, 'w') as f: json.dump(dict(argv=[*command[3:], parent], cwd=str(cwd or os.getcwd()), env=env), f)
+        return self
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid: self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None: time.sleep(.01)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+    def terminate(self): self.send_signal(signal.SIGTERM)
 
 
 def become(job):
-    "In the fork: papermill, as its console script runs it"
-    from papermill.cli import papermill as program
-    os.chdir(job['cwd'])
-    os.environ.clear()
-    os.environ.update(job['env'])
-    for number, name in ((1, job['out']), (2, job['err'])): os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    "In the fork: `python *argv`"
+    for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    settle(job['cwd'], job['env'])
+    where = {name: os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ('out', 'err')}
+    for number, name in ((1, 'out'), (2, 'err')): os.dup2(where[name], number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    program(args=job['argv'], prog_name='papermill')
+    option, what, *rest = job['argv'] if job['argv'][0] in ('-c', '-m') else ('', *job['argv'])
+    sys.argv, sys.orig_argv = [option or what, *rest], [sys.executable, *job['argv']]
+    if what == 'papermill':
+        from jupyter_client.provisioning import local_provisioner
+        local_provisioner.launch_kernel = Kernel().start
+        from papermill.cli import papermill as program
+        program(args=rest, prog_name='papermill')
+    elif option == '-c':
+        sys.path.insert(0, '')
+        main = sys.modules['__main__'] = type(sys)('__main__')
+        exec(compile(what, '<string>', 'exec'), main.__dict__)
+    elif option == '-m':
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(what, run_name='__main__', alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(what).parent.absolute()))
+        runpy.run_path(what, run_name='__main__')
+
+
+def supervise(job):
+    "Fork the program, tell its number, wait, and leave its exit code where the test looks"
+    program = os.fork()
+    if program == 0:
+        code = 1
+        try:
+            become(job)
+            code = 0
+        except SystemExit as e:
+            if isinstance(e.code, str): print(e.code, file=sys.stderr)
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except BaseException:
+            import traceback
+            traceback.print_exc() # papermill reports a failed cell so
+        finally:
+            import threading
+            for hook in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush): hook() # as at the end of python
+            os._exit(code)
+    print(program, flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+    made = Path(job['status'] + '.tmp')
+    made.write_text(str(code))
+    made.rename(job['status'])
+    os._exit(0)
 
 
 def serve():
     "One fork for each line"
-    import papermill.cli, papermill.iorw, papermill.engines, nbclient, jupyter_client # noqa: what a run needs
+    import importlib
+    for name in IMPORTED: importlib.import_module(name)
+    import torch
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN) # nobody waits for the supervisors
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try: become(json.loads(line))
-            except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
-            except BaseException:
-                import traceback
-                traceback.print_exc() # papermill reports a failed cell so
-            finally:
-                sys.stdout.flush(); sys.stderr.flush()
-                os._exit(code)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(status, flush=True)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(0)
+            supervise(json.loads(line))
 
 
+PATHS = [p for p in sys.path[1:] if p != str(ROOT)] # without this folder and PYTHONPATH
 if __name__ == '__main__': serve()

@@ -161,7 +161,7 @@ def test_papermill_runs_a_command_dry(tmp_path):
     row = next(r for r in ROWS if (r.table, r.name) == ('5', 'neither'))
     text = command(row).text.replace('-p model xl', '-p model tiny').split(' -p nproc')[0]
     words = shlex.split(text.replace('nbs/06_distill.ipynb', str(ROOT/'nbs/06_distill.ipynb')))
-    done = programs.run([*words[1:], '-p', 'dry_run', '1', '--no-progress-bar'], tmp_path, programs.environment())
+    done = programs.run(['-m', 'papermill', *words[1:], '-p', 'dry_run', '1', '--no-progress-bar'], tmp_path, programs.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     made = (tmp_path/words[2]).read_text()
     assert 'dry run: 600 steps of 4 classes x (32 + 0) generated and 32 real samples are ready to start' in made

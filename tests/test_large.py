@@ -6,6 +6,8 @@ from drift_rae.parts.ingredients import load_parts
 from drift_rae.worlds.evaluation import evaluate_run
 from drift_rae.worlds.latents import save_latents
 from programs import papermill
+pytestmark = pytest.mark.usefixtures('forked_workers')
+
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):

@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
-from programs import ROOT, environment, run
+from programs import ROOT, environment, forked_workers, run, server
 import launched
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.launch import Interrupted, LaunchError, launch
@@ -15,6 +15,7 @@ def children():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
+    server() # stays
     before, handlers = set(children()), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     yield
     assert not set(children()) - before
@@ -24,7 +25,8 @@ def nothing_is_left_behind():
 def one(): return {n: launched.run(n_class=n) for n in (4, 3)}
 
 @pytest.fixture(scope='module')
-def four(): return dict(zip(['ddp', 'fsdp'], launch(launched.several, ('run', 'ddp'), ('run', 'fsdp'), nproc=4)))
+def four():
+    with forked_workers(): return dict(zip(['ddp', 'fsdp'], launch(launched.several, ('run', 'ddp'), ('run', 'fsdp'), nproc=4)))
 
 @pytest.fixture(scope='module')
 def two(four):
@@ -106,7 +108,7 @@ def notebook(path, *sources):
 
 def test_a_notebook_shows_rank_0_and_fails_with_rank_1(tmp_path):
     notebook(tmp_path/'in.ipynb', 'import launched\nfrom drift_rae.engine.launch import launch', "launch(launched.fail, 'raise', nproc=2)", "print('not reached')")
-    done = run(['--no-progress-bar', 'in.ipynb', 'out.ipynb'], tmp_path, environment(PYTHONPATH=f'{ROOT}{os.pathsep}{HERE}'))
+    done = run(['-m', 'papermill', '--no-progress-bar', 'in.ipynb', 'out.ipynb'], tmp_path, environment(PYTHONPATH=f'{ROOT}{os.pathsep}{HERE}'))
     assert done.returncode == 1
     assert 'LaunchError: FloatingPointError: step 7: the loss is nan (rank 1 of 2)' in done.stderr, "the failing rank's own words, not its peer's lost connection"
     assert "raise FloatingPointError('step 7" in done.stderr

@@ -1,14 +1,15 @@
 "Checkpoints of which each rank writes and reads its part (FSDP, two processes, gloo): kills in between, other numbers of processes; three processes continue to the bit"
-import json, os, subprocess, sys
+import json, os
 from pathlib import Path
 import pytest
+from programs import run
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 PARTS = ['step_0000002.0of2.pt', 'step_0000002.1of2.pt', 'step_0000002.json']
 
 def program(folder, *kinds):
     env = {**os.environ, 'PYTHONPATH': f'{ROOT}:{HERE}', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-m', 'part_runs', str(folder), *kinds], cwd=HERE, env=env, capture_output=True, text=True)
+    done = run(['-m', 'part_runs', folder, *kinds], HERE, env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -42,7 +42,7 @@ def test_the_second_tests_notebooks_and_the_rest_as_ci_does():
     nbdev_test, pytest_ = commands(two_commands()[1][1])[3:]
     assert nbdev_test[0] == 'nbdev_test' and pytest_[0] == 'pytest'
     script = re.sub(r'\\\n\s*', '', (ROOT/'.ci/run').read_text())
-    ci = [shlex.split(l) for l in script.splitlines() if l.startswith(('nbdev_test', 'pytest', 'pip', 'papermill'))]
+    ci = [shlex.split(l) for l in map(str.strip, script.splitlines()) if l.startswith(('nbdev_test', 'pytest', 'pip', 'papermill'))]
 
     def alike(command): return any(words[:len(command)] == command for words in ci)
     assert alike(nbdev_test) and alike(pytest_), ci

@@ -5,7 +5,7 @@ import pytest, torch
 from papermill import inspect_notebook
 from drift_rae.distill import DistillConfig, OneStepGenerator
 from drift_rae.parts.workers import processes_for
-from programs import environment, papermill
+from programs import environment, papermill, run
 
 ROOT = Path(__file__).parents[1]
 KEYS = {'fd', 'accuracy', 'precision', 'recall', 'seconds', 'config', 'seed', 'versions'}
@@ -16,7 +16,7 @@ CHAPTERS = ['02_rae', 'worlds/02a_vae', 'worlds/02b_judge', 'worlds/03a_measure'
 def distilled(folder, **parameters):
     "The same run without a notebook and its evaluation: `python -m drift_rae.distill`"
     given = [x for k, v in {**parameters, 'out': 'runs/tiny'}.items() if k != 'samples' for x in (f'--{k}', str(v))]
-    done = subprocess.run([sys.executable, '-m', 'drift_rae.distill', *given], cwd=folder, env=environment(), capture_output=True, text=True)
+    done = run(['-m', 'drift_rae.distill', *given], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -8,6 +8,9 @@ from drift_rae.engine.files import write_json
 from drift_rae.distill import distill, load_generator, main, start
 from drift_rae.drifting import DriftConfig
 import small_runs
+from programs import run
+
+pytestmark = pytest.mark.usefixtures('forked_workers')
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': f'{ROOT}:{HERE}', 'OMP_NUM_THREADS': '1'}
@@ -42,7 +45,7 @@ def test_killed_runs_end_where_an_undisturbed_one_ends(world, kills, tmp_path):
     whole, cut = tmp_path/'whole', tmp_path/'cut'
     for folder, n in ((whole, 0), (cut, kills)):
         folder.mkdir()
-        done = subprocess.run([sys.executable, str(HERE/'small_runs.py'), str(folder), str(world), str(n), '7'], env=ENVIRONMENT, capture_output=True, text=True)
+        done = run([HERE/'small_runs.py', folder, world, n, 7], env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-2000:]
     hits = int(done.stdout.split()[-1])
     print(f'{hits} of {kills} kills hit a running process')

@@ -2,6 +2,7 @@
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
+from programs import Program, environment
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 def saved_within(): return 5*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) # seconds; more on a machine that is busy now
@@ -18,12 +19,12 @@ def heed():
     "In the new program: signals as at a terminal, also if the tests themselves run in the background or under nohup"
     for name in (signal.SIGINT, signal.SIGHUP): signal.signal(name, signal.SIG_DFL)
 
-def begin(way, folder):
-    "Start a run that only a signal ends; returns it and all its processes once it has made steps"
+def begin(way, folder, fork=False):
+    "Start a run that only a signal ends (with `fork`, without its imports); returns it and all its processes once it has made steps"
     option = (lambda k: ['-p', k]) if 'papermill' in way else (lambda k: [f'--{k}'])
     command = [*WAYS[way], *(w for k, v in dict(SMALL, out=folder/'run').items() for w in [*option(k), str(v)])]
-    environment = {**{k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTEST_CURRENT_TEST')}, 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=open(folder/'said.txt', 'w'), stderr=subprocess.STDOUT, preexec_fn=heed)
+    if fork: process = Program(command[1:], folder, out=folder/'said.txt')
+    else: process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=open(folder/'said.txt', 'w'), stderr=subprocess.STDOUT, preexec_fn=heed)
     log, deadline = folder/'run/log.csv', time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and log.read_text().count('\n') > 3: break
@@ -55,21 +56,21 @@ def ends(process, family, folder):
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 @pytest.mark.parametrize('way', list(WAYS))
 def test_a_signal_to_the_program(way, name, tmp_path):
-    process, family = begin(way, tmp_path)
+    process, family = begin(way, tmp_path, fork=name != 'SIGTERM' and way != 'torchrun') # torchrun's processes start by themselves
     process.send_signal(getattr(signal, name))
     ends(process, family, tmp_path)
     assert process.returncode != 0
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_a_signal_to_papermills_kernel(name, tmp_path):
-    process, family = begin('papermill', tmp_path)
-    kernel = next(p for p in family if 'ipykernel' in ' '.join(p.cmdline()))
+    process, family = begin('papermill', tmp_path, fork=name != 'SIGTERM')
+    kernel, = psutil.Process(process.pid).children()
     kernel.send_signal(getattr(signal, name))
     ends(process, family, tmp_path)
 
 @pytest.mark.parametrize('way', ['two', 'torchrun', 'papermill', 'papermill two'])
 def test_a_killed_parent(way, tmp_path):
-    process, family = begin(way, tmp_path)
+    process, family = begin(way, tmp_path, fork='papermill' in way)
     process.kill()
     ends(process, family, tmp_path)
 

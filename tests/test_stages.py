@@ -23,6 +23,8 @@ from drift_rae.imagenet.critics import (
 from drift_rae.imagenet.stage1 import Stage1, Stage1Config, warmup_cosine
 from drift_rae.imagenet.stage1_data import CropImages, Crops
 from drift_rae.engine.training import train
+pytestmark = pytest.mark.usefixtures('forked_workers')
+
 
 @pytest.fixture(scope='module')
 def official(): # what the official code (bytetriper/RAE at a4d18c4, src/disc and src/utils/optim_utils.py) computed
