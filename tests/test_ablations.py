@@ -222,7 +222,8 @@ def test_the_search_ends_before_the_report_and_widens_at_an_edge(tmp_path):
     assert tuned.best_point(tuned.searched(rows['A'], tmp_path)) == (2, 'fast', 4)
     v = tuned.read_at('3', 'best', tmp_path)[Claim('B', 'better', 'A')]
     assert len(v.ratios) == 2 and math.isclose(v.ratios[0], math.log(1.404/1.204))
-    assert tuned.read_text(tuned.read_at('6').get(Claim('128+128', 'equal', '64+192'))) == 'not run'
+    assert tuned.read_text(tuned.read_at('6', 'best', tmp_path).get(Claim('128+128', 'equal', '64+192'))) == 'not run'
+    assert tuned.read_at('9') == {}
     assert tuned.tuned_fd(rows['A'], 16, tmp_path) == {10: 1.216, 11: 1.216}
 
 def test_a_reported_seed_is_not_one_of_the_search():
