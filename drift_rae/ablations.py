@@ -9,13 +9,12 @@ __all__ = ['TABLE_3', 'TABLE_3_SHORT', 'TABLE_5', 'TABLE_5_SHORT', 'TABLE_5_LONG
            'main', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #321b6da5
-import argparse, json, os, time
+import argparse, functools, json, os
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
-from .engine.parameters import (
-    ParameterError, check_output, check_real, check_whole)
+from .engine.parameters import ParameterError, check_output, check_whole
 from .engine.progress import Progress, limit_threads
 from .engine.files import write_json
 from .metrics.verdicts import Claim
@@ -24,6 +23,7 @@ from drift_rae.parts.bench import (
     Bench, CHECK, Row, cached, recipe, recipe_hash, result_file, result_path, run_row,
     short_digest)
 from .parts.weights import Y_READINGS
+from .parts.workers import as_they_end
 
 # %% ../nbs/08_ablations.ipynb #fc012f3d
 _LONG = dict(protocol='', curve=100) # the miniature's published length, with a training curve
@@ -207,28 +207,35 @@ def missing(
     return list(todo.values())
 
 # %% ../nbs/08_ablations.ipynb #1280b508
+@functools.lru_cache(maxsize=1)
+def _bench(teacher): return Bench(teacher)
+
+def _run_and_store(job):
+    "One run, whose result is stored; its distance and its processor seconds"
+    row, seed, folder = job
+    result = run_row(row, seed, _bench(row.teacher))
+    write_json(result_path(row, seed, folder), result)
+    return result['figures']['fd'], result['seconds']['cpu']
+
+# %% ../nbs/08_ablations.ipynb #bb653075
 def rebuild_results(
     tables=(), # names; empty: all
     seeds:int=5, # 0, 1, ..
     folder:str|Path=None, # of the results; None: of this checkout
     minutes:float=0, # start no new run after this time; 0: no limit
+    processes:int=0, # runs at the same time; 0: one for each physical core
 ):
-    "Run what is missing, one file at a time"
+    "Run what is missing, one file for each run, on all cores"
     limit_threads()
     check_whole(1, 1000, seeds=seeds)
-    check_real(0, minutes=minutes)
     if folder is not None: check_output(folder, folder=True, name='folder')
-    todo, benches, begin = missing(tables, seeds, folder), {}, time.perf_counter()
-    progress = Progress(len(todo), 'run', every=0)
-    for i, (row, seed) in enumerate(todo):
-        if minutes and time.perf_counter() - begin > 60*minutes:
-            print(f'{len(todo) - i} runs are left')
-            return
-        if row.teacher not in benches: benches = {row.teacher: Bench(row.teacher)}
-        result = run_row(row, seed, benches[row.teacher])
-        write_json(result_path(row, seed, folder), result)
-        progress(i, fd=result['figures']['fd'], cpu=result['seconds']['cpu'])
+    todo = [(row, seed, folder) for row, seed in missing(tables, seeds, folder)]
+    progress, ended = Progress(len(todo), 'run', every=0), 0
+    for (row, seed, _), (fd, cpu) in as_they_end(_run_and_store, todo, processes, minutes):
+        progress(ended, fd=fd, cpu=cpu)
+        ended += 1
         print(f'    table {row.table}, {row.name}, seed {seed}', flush=True)
+    if ended < len(todo): print(f'{len(todo) - ended} runs are left')
 
 # %% ../nbs/08_ablations.ipynb #f933c2e7
 def clipped_share(
@@ -249,12 +256,13 @@ def list_parser(
     module:str, # after python -m
     does:str, # what the program does
     tables:str, # what --tables accepts, for the help
-)->argparse.ArgumentParser: # with --tables, --minutes and --folder
+)->argparse.ArgumentParser: # with --tables, --minutes, --folder and --processes
     "The options of the programs that run lists of rows"
     parser = argparse.ArgumentParser(prog=f'python -m {module}', description=does)
     parser.add_argument('--tables', nargs='*', default=[], help=tables)
     parser.add_argument('--minutes', type=float, default=0, help='start no new run after this time')
     parser.add_argument('--folder', default=None)
+    parser.add_argument('--processes', type=int, default=0, help='0: one for each physical core')
     return parser
 
 def main(
@@ -266,7 +274,7 @@ def main(
                          'names such as 3 5 switches; none: all')
     parser.add_argument('--seeds', type=int, default=5)
     a = parser.parse_args(arguments)
-    try: rebuild_results(a.tables, a.seeds, a.folder, a.minutes)
+    try: rebuild_results(a.tables, a.seeds, a.folder, a.minutes, a.processes)
     except ParameterError as e: parser.error(str(e))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook

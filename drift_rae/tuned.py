@@ -8,18 +8,19 @@ __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGE
            'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
-import copy, io, time
+import copy, functools, io, time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
 from .engine.parameters import ParameterError
-from .engine.progress import Progress, limit_threads
+from .engine.progress import limit_threads
 from .ablations import CLAIMS, list_parser, rows_of
 from .distill import distill
 from .flow import one_step
 from .parts.bench import Bench, EVALUATION, Row, cached, recipe
+from .parts.workers import as_they_end
 from .metrics.verdicts import Verdict, decide, format_percent, paired_ratios
 from .engine.streams import image_noise, stream
 from .metrics.frechet import frechet_distance, statistics
@@ -185,40 +186,47 @@ def best_point(
     return None if next_rate(points) else min(points, key=points.get)
 
 # %% ../nbs/08b_tuned.ipynb #997dcc5f
-def _todo(tables, seeds, folder):
-    "Yield the (row, rate, seed) that are missing; a search's next run depends on its last"
+def _rounds(tables, seeds, folder):
+    "Yield lists of (row, rate, seed) that are missing; a search's next run depends on its last"
     rows = {(r.table, r.name): r for t in tables for r in TABLES[t]}.values()
     for _ in RATES:
-        for row in rows:
-            rate = next_rate(searched(row, folder))
-            if rate: yield row, rate, SEARCH_SEED
-    for seed in seeds:
-        for row in rows:
-            rate, *_ = best_point(searched(row, folder))
-            if not stored_run(row, rate, seed, None, folder): yield row, rate, seed
+        rates = [(row, next_rate(searched(row, folder))) for row in rows]
+        if any(rate for _, rate in rates):
+            yield [(row, rate, SEARCH_SEED) for row, rate in rates if rate]
+    at_best = [(row, best_point(searched(row, folder))[0], seed) for seed in seeds for row in rows]
+    yield [job for job in at_best if not stored_run(*job, None, folder)]
 
 # %% ../nbs/08b_tuned.ipynb #7385c847
+@functools.cache
+def _bench(): return Bench()
+
+def _run_and_store(job):
+    "One run, whose result is stored; its last distance and its processor seconds"
+    row, rate, seed, folder = job
+    run = stored_run(row, rate, seed, _bench(), folder)
+    return run['figures']['fd'], run['seconds']['cpu']
+
+# %% ../nbs/08b_tuned.ipynb #ed594762
 def rebuild_tuned(
     tables=tuple(TABLES), # one after the other
     seeds=FRESH_SEEDS, # that are reported
     folder:str|Path=None, # of the results; None: of this checkout
     minutes:float=0, # start no new run after this time; 0: no limit
+    processes:int=0, # runs at the same time; 0: one for each physical core
 ):
-    "Search first, then run the seeds at each row's best, one file at a time"
+    "Search first, then run the seeds at each row's best, one file for each run, on all cores"
     limit_threads()
     if unknown := sorted(set(tables) - set(TABLES)):
         raise ParameterError(f"tables={' '.join(unknown)!r}: accepted are {', '.join(TABLES)}")
-    begin, bench = time.perf_counter(), None
-    for table in tables:
-        for row, rate, seed in _todo([table], seeds, folder):
-            if minutes and time.perf_counter() - begin > 60*minutes:
-                print('runs are left')
-                return
-            bench = bench or Bench()
-            run = stored_run(row, rate, seed, bench, folder)
-            print(f'table {table}, {row.name}, rate x{rate:g}, seed {seed}: '
-                  f"{run['figures']['fd']:.3f} after 16 epochs, {run['seconds']['cpu']:.0f} s",
-                  flush=True)
+    begin = time.monotonic()
+    for jobs in (jobs for table in tables for jobs in _rounds([table], seeds, folder)):
+        left = minutes and max(1e-9, minutes - (time.monotonic() - begin)/60)
+        jobs, ended = [(*job, folder) for job in jobs], 0
+        for (row, rate, seed, _), (fd, cpu) in as_they_end(_run_and_store, jobs, processes, left):
+            ended += 1
+            print(f'table {row.table}, {row.name}, rate x{rate:g}, seed {seed}: '
+                  f'{fd:.3f} after 16 epochs, {cpu:.0f} s', flush=True)
+        if ended < len(jobs): return print('runs are left')
 
 # %% ../nbs/08b_tuned.ipynb #7ea4289c
 def _searched_row(table, name):
@@ -283,7 +291,7 @@ def main(
                          '3 5 6 7; none: all')
     parser.add_argument('--seeds', nargs='*', type=int, default=list(FRESH_SEEDS))
     a = parser.parse_args(arguments)
-    try: rebuild_tuned(a.tables or list(TABLES), a.seeds, a.folder, a.minutes)
+    try: rebuild_tuned(a.tables or list(TABLES), a.seeds, a.folder, a.minutes, a.processes)
     except ParameterError as e: parser.error(str(e))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook

@@ -209,10 +209,11 @@ def test_the_search_ends_before_the_report_and_widens_at_an_edge(tmp_path):
     from drift_rae import tuned
     from drift_rae.ablations import rows_of
     rows = rows_of('3')
-    def todo(): return [(row.name, rate, seed) for row, rate, seed in tuned._todo(['3'], (10, 11), tmp_path)] if complete() else None
+    def jobs(): return (job for jobs in tuned._rounds(['3'], (10, 11), tmp_path) for job in jobs)
+    def todo(): return [(row.name, rate, seed) for row, rate, seed in jobs()] if complete() else None
     def complete(): return all(tuned.best_point(tuned.searched(r, tmp_path)) for r in rows.values())
     order = []
-    for row, rate, seed in tuned._todo(['3'], (10, 11), tmp_path):
+    for row, rate, seed in jobs():
         order.append((row.name, rate, seed))
         a_run(row, rate, seed, tmp_path, fd={.25: 2.5, .5: 2., 1: 1.5, 2: 1.2, 4: 1.3}[rate] if row.name != 'B' else 1.4 + abs(rate - 1))
     assert order[:9] == [(n, rate, 100) for rate in (1, 2, .5) for n in 'ABC'] # in rounds
@@ -242,3 +243,13 @@ def test_further_averages_are_the_same_recursion():
     average, _ = distill(bench.teacher, bench.store, config, also={other: config.ema})
     assert all((p == q).all() for p, q in zip(average.parameters(), other.parameters()))
     with pytest.raises(ValueError, match='also: accepted without a folder'): distill(bench.teacher, bench.store, config, folder='runs/x', also={other: (.9, 1)})
+
+def test_rows_run_at_the_same_time_are_those_run_alone(tmp_path):
+    from drift_rae import ablations
+    from drift_rae.parts.bench import Row
+    from drift_rae.parts.workers import as_they_end
+    rows = [Row('check', f'{n} steps', (32, 16, 16), f'steps={n}') for n in (2, 3)]
+    for n in (1, 2): assert len(list(as_they_end(ablations._run_and_store, [(r, 0, tmp_path/f'{n}') for r in rows], n))) == 2
+    for row in rows:
+        one, two = (json.loads(result_path(row, 0, tmp_path/f'{n}').read_text()) for n in (1, 2))
+        assert one['figures'] == two['figures'] and one['hash'] == two['hash']
