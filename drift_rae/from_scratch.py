@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SCRATCH', 'RATES', 'CLAIMS', 'LatentMAE', 'train_mae', 'scratch_config', 'maps', 'from_scratch',
-           'scratch_recipe', 'relative_length', 'after_another_trip', 'scratch_result']
+           'scratch_recipe', 'relative_length', 'after_another_trip', 'scratch_result', 'stored_scratch',
+           'rebuild_scratch']
 
 # %% ../nbs/09_from_scratch.ipynb #71ef98f5
-import io, time
+import functools, io, time
 from contextlib import redirect_stdout
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .parts.bench import EVALUATION, Space, weights_digest
+from .parts.bench import EVALUATION, Space, cached, weights_digest
+from .parts.workers import as_they_end
 from .engine.streams import image_noise, stream
 from .distill import changed, distill
 from .flow import one_step
@@ -200,3 +202,31 @@ def scratch_result(
     return dict(figures=figures, again=again, curve=curve,
         length=relative_length(model, space, seed),
         gradient_norm=[sum(x)/len(x) for x in (norms[:60], norms[-60:])], seconds=dict(cpu=seconds))
+
+# %% ../nbs/09_from_scratch.ipynb #f70e6818
+def stored_scratch(
+    name:str, # of ROWS
+    seed:int, # of weights and samples
+    rate:float=0., # learning rate at the start; 0: that of RATES
+    spaces:dict=None, # 'RAE' and 'VAE' -> Space, to make what is missing; None: only look
+)->dict|None: # as of scratch_result
+    "The stored run of a row"
+    config = scratch_config(name, rate)
+    def run(): return scratch_result(name, spaces, seed, config)
+    return cached('from scratch', name, seed, scratch_recipe(name, config), spaces and run)
+
+# %% ../nbs/09_from_scratch.ipynb #25a56f8c
+@functools.cache
+def _spaces(): return {name: Space(name) for name in ('RAE', 'VAE')}
+
+def _run_and_store(job): return stored_scratch(*job, spaces=_spaces())['figures']['fd']
+
+def rebuild_scratch(
+    seeds:int=5, # 1, 2, ..
+    processes:int=0, # runs at the same time; 0: one for each physical core
+):
+    "Run what is missing of the table, on all cores"
+    todo = [(name, 1 + s) for s in range(seeds) for name in ROWS]
+    todo = [job for job in todo if not stored_scratch(*job)]
+    for (name, seed), fd in as_they_end(_run_and_store, todo, processes):
+        print(f'{name}, seed {seed}: {fd:.2f}', flush=True)
