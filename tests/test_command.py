@@ -8,7 +8,6 @@ from drift_rae import _instead
 from drift_rae.commands.command import COMMANDS, _source, load_command, main, overview
 from drift_rae.engine.command import make_parser
 from drift_rae.evaluate import load_extractor, save_reference, statistics
-from programs import run
 
 ROOT = Path(__file__).parents[1]
 HERE = sorted(n for n in COMMANDS if _source(n))
@@ -172,9 +171,9 @@ def test_papermill_shows_the_running_step(tmp_path):
     code = 'from drift_rae.engine.progress import Progress\nshow = Progress(3)\nfor i in range(3): show(i, loss=1.5)'
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=dict(kernelspec=dict(name='python3', display_name='Python', language='python')))
     nbformat.write(book, tmp_path/'in.ipynb')
-    done = run(['-m', 'papermill', 'in.ipynb', 'out.ipynb'], tmp_path, ENVIRONMENT)
+    done = python('-m', 'papermill', 'in.ipynb', 'out.ipynb', cwd=tmp_path)
     assert done.returncode == 0 and 'step 3/3  loss 1.5' in done.stderr and 'step 3/3  loss 1.5' in (tmp_path/'out.ipynb').read_text()
-    logged = run(['-m', 'papermill', '--log-output', 'in.ipynb', 'out.ipynb'], tmp_path, ENVIRONMENT)
+    logged = python('-m', 'papermill', '--log-output', 'in.ipynb', 'out.ipynb', cwd=tmp_path)
     assert logged.stderr.count('step 3/3') == 1
 
 def test_the_examples_of_contributing_are_short_and_run():
