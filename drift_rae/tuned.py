@@ -86,8 +86,9 @@ def tuned_row(
     return replace(row, table='tuned', curve=0, changes=changes)
 
 # %% ../nbs/08b_tuned.ipynb #816b0c07
+@functools.cache
 def _what(row, rate, per_class):
-    "All that a run depends on but its seed and the code"
+    "All that a run depends on but its seed and the code; asked for at each look for a result"
     evaluation = dict(EVALUATION, per_class=per_class)
     return dict(recipe(tuned_row(row, rate).config(), 0, evaluation), epochs=EPOCHS,
                 averages=AVERAGES)

@@ -47,8 +47,8 @@ def test_the_judge_within_one_percent(rebuilt):
 
 @torch.no_grad()
 def frechet(folder):
-    "Frechet distance of 1000 teacher samples by the shipped judge"
-    judge, labels = load_judge('tiny'), torch.arange(10).repeat_interleave(100)
+    "Frechet distance of 500 teacher samples by the shipped judge"
+    judge, labels = load_judge('tiny'), torch.arange(10).repeat_interleave(50)
     latents = sample(load_teacher(folder if folder == 'tiny' else folder/'teacher.safetensors'), image_noise(labels, (32, 4, 4)), labels, steps=50)
     return frechet_distance(judge.features(RAE.from_pretrained(folder).decode(latents)), judge.features(training_digits()[0]))
 

@@ -8,7 +8,7 @@ __all__ = ['SMALLEST', 'LEVEL', 'WORDS', 'NO_POWER', 'paired_ratios', 'percent',
            'chances_text', 'verdict_table']
 
 # %% ../../nbs/metrics/06_verdicts.ipynb #2933ce83
-import math
+import functools, math
 from dataclasses import dataclass, replace
 import numpy as np
 from scipy import optimize, stats
@@ -98,12 +98,16 @@ def _word(mean, says, holds, fails):
     return 'undecided at this scale'
 
 # %% ../../nbs/metrics/06_verdicts.ipynb #d861c4e2
+@functools.cache
+def _measured(seeds):
+    "2000 quantiles of the measured spread, for a true spread of 1"
+    u = (np.arange(2000) + .5)/2000
+    return np.sqrt(stats.chi2.ppf(u, seeds-1)/(seeds-1))
+
 def _half_widths(spread, seeds, family, sides=1):
     "Half widths t s / sqrt n over the distribution of the measured s, and the mean's true error"
     t = stats.t.isf(LEVEL/2/family/sides, seeds-1)
-    u = (np.arange(2000) + .5)/2000 # quantiles of the measured spread
-    measured = spread*np.sqrt(stats.chi2.ppf(u, seeds-1)/(seeds-1))
-    return t*measured/math.sqrt(seeds), max(spread, 1e-12)/math.sqrt(seeds)
+    return t*(spread*_measured(seeds))/math.sqrt(seeds), max(spread, 1e-12)/math.sqrt(seeds)
 
 # %% ../../nbs/metrics/06_verdicts.ipynb #d591073f
 def power(

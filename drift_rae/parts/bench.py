@@ -115,6 +115,12 @@ def flow_teacher(
     return load_teacher(path)
 
 # %% ../../nbs/parts/07a_bench.ipynb #ceefbd03
+@functools.cache
+def _real_features(digest):
+    "The shipped judge's features of the training digits [N, 64], computed once in a process"
+    judge = load_judge()
+    return torch.cat([judge.features(x) for x in training_digits()[0].split(1024)])
+
 class Bench:
     "What rows share: latents, teacher, decoder, judge, and the judge's features of real images"
     def __init__(self,
@@ -122,7 +128,7 @@ class Bench:
     ):
         self.judge, self.seed = load_judge(), teacher
         self.rae, self.store, self.teacher = self.parts()
-        real = torch.cat([self.judge.features(x) for x in training_digits()[0].split(1024)])
+        real = _real_features(weights_digest('judge'))
         self.statistics = statistics(real)
         order = torch.randperm(len(real), generator=stream(0, 'balls'))
         self.balls = real[order[:EVALUATION['balls']]]
