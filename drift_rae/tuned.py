@@ -8,7 +8,7 @@ __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGE
            'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
-import copy, io, time
+import copy, functools, io, time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
