@@ -9,21 +9,20 @@ __all__ = ['TABLE_3', 'TABLE_3_SHORT', 'TABLE_5', 'TABLE_5_SHORT', 'TABLE_5_LONG
            'main', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #321b6da5
-import argparse, functools, json, os
+import argparse, json, os
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
 from .engine.parameters import ParameterError, check_output, check_whole
-from .engine.progress import Progress, limit_threads
 from .engine.files import write_json
 from .metrics.verdicts import Claim
 from .parts.step import DistillConfig, drift_step, make_student, step_labels
-from drift_rae.parts.bench import (
+from .parts.bench import (
     Bench, CHECK, Row, cached, recipe, recipe_hash, result_file, result_path, run_row,
-    short_digest)
+    shared_bench, short_digest)
 from .parts.weights import Y_READINGS
-from .parts.workers import as_they_end
+from .parts.workers import run_jobs
 
 # %% ../nbs/08_ablations.ipynb #fc012f3d
 _LONG = dict(protocol='', curve=100) # the miniature's published length, with a training curve
@@ -207,15 +206,12 @@ def missing(
     return list(todo.values())
 
 # %% ../nbs/08_ablations.ipynb #1280b508
-@functools.lru_cache(maxsize=1)
-def _bench(teacher): return Bench(teacher)
-
 def _run_and_store(job):
     "One run, whose result is stored; its distance and its processor seconds"
     row, seed, folder = job
-    result = run_row(row, seed, _bench(row.teacher))
+    result = run_row(row, seed, shared_bench(row.teacher))
     write_json(result_path(row, seed, folder), result)
-    return result['figures']['fd'], result['seconds']['cpu']
+    return dict(fd=result['figures']['fd'], cpu=result['seconds']['cpu'])
 
 # %% ../nbs/08_ablations.ipynb #bb653075
 def rebuild_results(
@@ -226,16 +222,11 @@ def rebuild_results(
     processes:int=0, # runs at the same time; 0: one for each physical core
 ):
     "Run what is missing, one file for each run, on all cores"
-    limit_threads()
     check_whole(1, 1000, seeds=seeds)
     if folder is not None: check_output(folder, folder=True, name='folder')
-    todo = [(row, seed, folder) for row, seed in missing(tables, seeds, folder)]
-    progress, ended = Progress(len(todo), 'run', every=0), 0
-    for (row, seed, _), (fd, cpu) in as_they_end(_run_and_store, todo, processes, minutes):
-        progress(ended, fd=fd, cpu=cpu)
-        ended += 1
-        print(f'    table {row.table}, {row.name}, seed {seed}', flush=True)
-    if ended < len(todo): print(f'{len(todo) - ended} runs are left')
+    jobs = {(row, seed, folder): f'table {row.table}, {row.name}, seed {seed}'
+            for row, seed in missing(tables, seeds, folder)}
+    run_jobs(_run_and_store, jobs, processes, minutes)
 
 # %% ../nbs/08_ablations.ipynb #f933c2e7
 def clipped_share(

@@ -8,14 +8,14 @@ __all__ = ['ROWS', 'SCRATCH', 'RATES', 'CLAIMS', 'LatentMAE', 'train_mae', 'scra
            'rebuild_scratch']
 
 # %% ../nbs/09_from_scratch.ipynb #71ef98f5
-import functools, io, time
+import io, time
 from contextlib import redirect_stdout
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .parts.bench import EVALUATION, Space, cached, weights_digest
-from .parts.workers import as_they_end
+from .parts.bench import EVALUATION, Space, cached, shared_spaces, weights_digest
+from .parts.workers import run_jobs
 from .engine.streams import image_noise, stream
 from .distill import changed, distill
 from .flow import one_step
@@ -216,17 +216,15 @@ def stored_scratch(
     return cached('from scratch', name, seed, scratch_recipe(name, config), spaces and run)
 
 # %% ../nbs/09_from_scratch.ipynb #25a56f8c
-@functools.cache
-def _spaces(): return {name: Space(name) for name in ('RAE', 'VAE')}
-
-def _run_and_store(job): return stored_scratch(*job, spaces=_spaces())['figures']['fd']
+def _run_and_store(job):
+    "One run, whose result is stored; its distance"
+    return dict(fd=stored_scratch(*job, spaces=shared_spaces())['figures']['fd'])
 
 def rebuild_scratch(
     seeds:int=5, # 1, 2, ..
     processes:int=0, # runs at the same time; 0: one for each physical core
 ):
     "Run what is missing of the table, on all cores"
-    todo = [(name, 1 + s) for s in range(seeds) for name in ROWS]
-    todo = [job for job in todo if not stored_scratch(*job)]
-    for (name, seed), fd in as_they_end(_run_and_store, todo, processes):
-        print(f'{name}, seed {seed}: {fd:.2f}', flush=True)
+    jobs = {(name, 1 + s): f'{name}, seed {1 + s}' for s in range(seeds) for name in ROWS
+            if not stored_scratch(name, 1 + s)}
+    run_jobs(_run_and_store, jobs, processes)

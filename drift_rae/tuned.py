@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from .engine.parameters import ParameterError
-from .engine.progress import limit_threads
 from .ablations import CLAIMS, list_parser, rows_of
 from .distill import distill
 from .flow import one_step
-from .parts.bench import Bench, EVALUATION, Row, cached, recipe
-from .parts.workers import as_they_end
+from .parts.bench import Bench, EVALUATION, Row, cached, recipe, shared_bench
+from .parts.workers import run_jobs
 from .metrics.verdicts import Verdict, decide, format_percent, paired_ratios
 from .engine.streams import image_noise, stream
 from .metrics.frechet import frechet_distance, statistics
@@ -198,14 +197,11 @@ def _rounds(tables, seeds, folder):
     yield [job for job in at_best if not stored_run(*job, None, folder)]
 
 # %% ../nbs/08b_tuned.ipynb #7385c847
-@functools.cache
-def _bench(): return Bench()
-
 def _run_and_store(job):
     "One run, whose result is stored; its last distance and its processor seconds"
     row, rate, seed, folder = job
-    run = stored_run(row, rate, seed, _bench(), folder)
-    return run['figures']['fd'], run['seconds']['cpu']
+    run = stored_run(row, rate, seed, shared_bench(), folder)
+    return dict(fd=run['figures']['fd'], cpu=run['seconds']['cpu'])
 
 # %% ../nbs/08b_tuned.ipynb #ed594762
 def rebuild_tuned(
@@ -216,18 +212,14 @@ def rebuild_tuned(
     processes:int=0, # runs at the same time; 0: one for each physical core
 ):
     "Search first, then run the seeds at each row's best, one file for each run, on all cores"
-    limit_threads()
     if unknown := sorted(set(tables) - set(TABLES)):
         raise ParameterError(f"tables={' '.join(unknown)!r}: accepted are {', '.join(TABLES)}")
     begin = time.monotonic()
     for jobs in (jobs for table in tables for jobs in _rounds([table], seeds, folder)):
         left = minutes and max(1e-9, minutes - (time.monotonic() - begin)/60)
-        jobs, ended = [(*job, folder) for job in jobs], 0
-        for (row, rate, seed, _), (fd, cpu) in as_they_end(_run_and_store, jobs, processes, left):
-            ended += 1
-            print(f'table {row.table}, {row.name}, rate x{rate:g}, seed {seed}: '
-                  f'{fd:.3f} after 16 epochs, {cpu:.0f} s', flush=True)
-        if ended < len(jobs): return print('runs are left')
+        jobs = {(row, rate, seed, folder): f'table {row.table}, {row.name}, rate x{rate:g}, '
+                f'seed {seed}' for row, rate, seed in jobs}
+        if run_jobs(_run_and_store, jobs, processes, left): return
 
 # %% ../nbs/08b_tuned.ipynb #7ea4289c
 def _searched_row(table, name):

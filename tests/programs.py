@@ -35,8 +35,27 @@ def server():
     return process
 
 
-class Program:
-    "A started program, with the methods of subprocess.Popen that tests use"
+class Started:
+    "A process with the methods of subprocess.Popen that tests and jupyter_client use; a subclass has `pid` and `poll`"
+    args = returncode = None
+
+    def wait(self, timeout=None):
+        end = time.monotonic() + timeout if timeout else float('inf')
+        while self.poll() is None:
+            if time.monotonic() > end: raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(.01)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+
+    def terminate(self): self.send_signal(signal.SIGTERM)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+
+class Program(Started):
+    "A started program"
     def __init__(self, argv, cwd=None, env=None, out=None, err=None):
         self.folder = tempfile.TemporaryDirectory()
         self.args, self.returncode, self.status = list(map(str, argv)), None, Path(self.folder.name, 'status')
@@ -51,18 +70,6 @@ class Program:
     def poll(self):
         if self.returncode is None and self.status.exists(): self.returncode = int(self.status.read_text())
         return self.returncode
-
-    def wait(self, timeout=None):
-        end = time.monotonic() + timeout if timeout else float('inf')
-        while self.poll() is None:
-            if time.monotonic() > end: raise subprocess.TimeoutExpired(self.args, timeout)
-            time.sleep(.01)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None: os.kill(self.pid, number)
-
-    def kill(self): self.send_signal(signal.SIGKILL)
 
     def finished(self):
         "Wait; the program with its output, as subprocess.run returns it"
@@ -103,9 +110,9 @@ def settle(cwd, env):
     sys.path[:] = [*filter(None, env.get('PYTHONPATH', '').split(os.pathsep)), *PATHS]
 
 
-class Kernel:
+class Kernel(Started):
     "A fork that waits until papermill starts its kernel, and then is that kernel: the Popen that jupyter_client makes"
-    stdin = stdout = stderr = returncode = None
+    stdin = stdout = stderr = None
 
     def __init__(self):
         read, self.told = os.pipe()
@@ -139,17 +146,6 @@ class Kernel:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid: self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
-
-    def wait(self):
-        while self.poll() is None: time.sleep(.01)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None: os.kill(self.pid, number)
-
-    def kill(self): self.send_signal(signal.SIGKILL)
-
-    def terminate(self): self.send_signal(signal.SIGTERM)
 
 
 def become(job):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'EVALUATION', 'CHECK', 'Row', 'short_digest', 'weights_digest', 'recipe', 'recipe_hash', 'flow_teacher',
-           'Bench', 'run_row', 'results_folder', 'result_file', 'result_path', 'cached', 'figures_of', 'log_ratios',
-           'vae_store', 'Space']
+           'Bench', 'shared_bench', 'run_row', 'results_folder', 'result_file', 'result_path', 'cached', 'figures_of',
+           'log_ratios', 'vae_store', 'Space', 'shared_spaces']
 
 # %% ../../nbs/parts/07a_bench.ipynb #2d243f2c
 import functools, hashlib, io, json, re, time
@@ -158,6 +158,14 @@ def evaluate(self:Bench,
     predicted = self.judge.head(pooled).argmax(1)
     return evaluate_features(features, self.statistics, balls=self.balls, labels=labels,
         predicted=predicted)
+
+# %% ../../nbs/parts/07a_bench.ipynb #67838e62
+@functools.lru_cache(maxsize=1)
+def shared_bench(
+    teacher:int=0, # seed of the flow teacher; 0: the one that ships
+)->Bench: # the same object at the next call with this teacher
+    "A bench for all runs of this process"
+    return Bench(teacher)
 
 # %% ../../nbs/parts/07a_bench.ipynb #15e5e0be
 def _curve(bench, every, seed):
@@ -316,3 +324,9 @@ class Space(Bench):
             z = image_noise(labels, self.store.latent_shape, noise_seed)
             self.ends[noise_seed] = z, labels, sample(self.teacher, z, labels)
         return self.ends[noise_seed]
+
+# %% ../../nbs/parts/07a_bench.ipynb #5f1ab3c0
+@functools.cache
+def shared_spaces()->dict: # 'RAE' and 'VAE' -> Space, the same objects at each call
+    "Both spaces for all runs of this process"
+    return {name: Space(name) for name in ('RAE', 'VAE')}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRELOAD', 'physical_cores', 'processes_for', 'may_start_workers', 'prepare_workers', 'start_method', 'share_work',
-           'as_they_end']
+           'as_they_end', 'run_jobs']
 
 # %% ../../nbs/parts/05e_workers.ipynb #202bfa36
 import atexit, math, multiprocessing, os, pickle, sys, time
@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Callable, Iterator
 from ..engine.parameters import check_real, check_whole
-from ..engine.progress import follow_parent
+from ..engine.progress import Progress, few_threads, follow_parent
 
 # %% ../../nbs/parts/05e_workers.ipynb #a5df213f
 _CPUS, _QUOTA = '/sys/devices/system/cpu', '/sys/fs/cgroup/cpu.max'
@@ -148,3 +148,20 @@ def _shared(function, waiting, processes):
             if not running: return
             for done in wait(running, return_when=FIRST_COMPLETED)[0]:
                 yield running.pop(done), pickle.loads(done.result())
+
+# %% ../../nbs/parts/05e_workers.ipynb #ff9a194a
+def run_jobs(
+    function:Callable, # of a job; returns numbers to show, by name; importable from a module
+    jobs:dict, # job, which can be hashed and pickled -> its name in the output
+    processes:int=0, # jobs at the same time; 0: one for each physical core, if that is possible
+    minutes:float=0., # start nothing new after this time; 0: no limit
+)->int: # jobs that are left
+    "Run independent long jobs, each on one thread, and print what ends"
+    progress, ended = Progress(len(jobs), 'run', every=0), 0
+    with few_threads():
+        for job, figures in as_they_end(function, list(jobs), processes, minutes):
+            progress(ended, **figures)
+            ended += 1
+            print(f'    {jobs[job]}', flush=True)
+    if ended < len(jobs): print(f'{len(jobs) - ended} runs are left')
+    return len(jobs) - ended
