@@ -177,12 +177,17 @@ def _weights(room, seed):
     return {'last': dict(figures, apart=apart('average', 'shipped'),
                          moved=apart('last', 'average'))}
 
+def _average(room, seed):
+    "Figures of the average of the same training"
+    return {'average': room.judged(room.made(taught(retrained()['average'], steps=PAPER+1), seed))}
+
 # %% ../nbs/11b_teacher.ipynb #b0f17896
-_KINDS = dict(solver=_solver, guidance=_guidance, weights=_weights, finer=_finer)
+_KINDS = dict(solver=_solver, guidance=_guidance, weights=_weights, average=_average,
+              finer=_finer)
 _FILES = ('encoder', 'stats', 'decoder', 'judge', 'second_judge', 'teacher', 'generator')
 
 def stored_figures(
-    kind:str, # 'solver', 'guidance', 'weights' or 'finer'
+    kind:str, # 'solver', 'guidance', 'weights', 'average' or 'finer'
     seed:int, # of the noises, one of SEEDS
     room:Room=None, # makes what is missing; None: only look
 )->dict: # name of a generator -> as Room.judged; {}: not stored
@@ -191,6 +196,7 @@ def stored_figures(
     about = dict(solver=dict(euler=EULER, heun=PAPER, factors=FACTORS),
                  guidance=dict(guidance=GUIDANCE, evaluations=GUIDED),
                  weights=dict(evaluations=PAPER, trained='seed 0, as the one that ships'),
+                 average=dict(evaluations=PAPER, trained='seed 0, as the one that ships'),
                  finer=dict(evaluations=FINER))
     kept = stored_measurement(f'teacher and student, {kind}', run, _FILES, seed,
                               per_class=PER_CLASS, **about[kind])
@@ -210,7 +216,7 @@ def rebuild_figures(
     limit_threads()
     for kind in kinds:
         todo = [(kind, s) for s in SEEDS if not stored_figures(kind, s)]
-        if todo and kind == 'weights': retrained() # once, before the processes start
+        if todo and kind in ('weights', 'average'): retrained() # once, before the processes start
         for (_, seed), figures in as_they_end(_measure_and_store, todo, processes):
             first = ', '.join(f"{n} {d['first']['fd']:.3f}" for n, d in figures.items())
             print(f'{kind}, noises {seed}: {first}', flush=True)
