@@ -21,7 +21,8 @@ from .flow import (
     DiTDH, FlowConfig, load_teacher, one_step, sample, save_teacher, train_teacher)
 from .parts.bench import Bench
 from .parts.generator import OneStepGenerator
-from .parts.workers import as_they_end
+from .metrics.verdicts import interval
+from .parts.workers import run_jobs
 from .tuned import Judges
 from .worlds.findings import stored_measurement
 from .worlds.latents import latent_store
@@ -206,7 +207,9 @@ def stored_figures(
 @functools.cache
 def _room(): return Room()
 
-def _measure_and_store(job): return stored_figures(*job, _room())
+def _measure_and_store(job):
+    "One measurement, which is stored; the first of its distances by the first judge"
+    return dict(fd=next(iter(stored_figures(*job, _room()).values()))['first']['fd'])
 
 def rebuild_figures(
     kinds:tuple=tuple(_KINDS), # one after the other
@@ -215,11 +218,9 @@ def rebuild_figures(
     "Measure what is missing, on all cores, and print a line for each file"
     limit_threads()
     for kind in kinds:
-        todo = [(kind, s) for s in SEEDS if not stored_figures(kind, s)]
-        if todo and kind in ('weights', 'average'): retrained() # once, before the processes start
-        for (_, seed), figures in as_they_end(_measure_and_store, todo, processes):
-            first = ', '.join(f"{n} {d['first']['fd']:.3f}" for n, d in figures.items())
-            print(f'{kind}, noises {seed}: {first}', flush=True)
+        jobs = {(kind, s): f'{kind}, noises {s}' for s in SEEDS if not stored_figures(kind, s)}
+        if jobs and kind in ('weights', 'average'): retrained() # once, before the processes start
+        run_jobs(_measure_and_store, jobs, processes)
 
 # %% ../nbs/11b_teacher.ipynb #bc019772
 def explanation(
