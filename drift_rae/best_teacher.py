@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'CHOICE', 'SAMPLING', 'PLAIN', 'TEACHERS', 'STUDENTS', 'score', 'best_of', 'way_name', 'decay_figures',
-           'way_figures', 'chosen_decay', 'chosen_way', 'student_figures', 'rebuild_best']
+           'way_figures', 'chosen_decay', 'chosen_way', 'student_figures', 'rebuild_best', 'over_teachers', 'answer']
 
 # %% ../nbs/11c_best.ipynb #e79e5ad5
 import functools, io
@@ -155,3 +155,20 @@ def rebuild_best(
     for figures in ('decay_figures', 'way_figures'):
         measure([(figures, noises) for noises in CHOICE['noises']])
     measure(_missing(decays or (chosen_decay(), SHIPPED)))
+
+# %% ../nbs/11c_best.ipynb #c36ae867
+def over_teachers(
+    ratios:dict, # teacher -> log ratios of its students
+)->np.ndarray: # one number for each teacher
+    "The numbers of the protocol's interval: each teacher's mean over its students"
+    return np.array([np.mean(r) for r in ratios.values()])
+
+def answer(
+    ratios:dict, # judge -> one log ratio for each teacher; negative: the first is ahead
+    names:tuple, # of the two that are compared
+)->str: # the words of the protocol
+    "Who is ahead by both judges, if the intervals say so"
+    ends = [interval(r) for r in ratios.values()]
+    for name, sides in zip(names, ([high < 0 for _, high in ends], [low > 0 for low, _ in ends])):
+        if all(sides): return f'{name} ahead'
+    return 'undecided'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'PER_CLASS', 'EULER', 'FINER', 'FACTORS', 'GUIDANCE', 'GUIDED', 'PAPER', 'SHIPPED', 'WEIGHTS',
-           'within_class_variance', 'scaled', 'made', 'taught', 'Room', 'training_averages', 'trained',
-           'stored_figures', 'rebuild_figures', 'explanation']
+           'within_class_variance', 'scaled', 'taught', 'Room', 'training_averages', 'trained', 'stored_figures',
+           'rebuild_figures', 'explanation']
 
 # %% ../nbs/11b_teacher.ipynb #58c76689
 import copy, functools
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .claims import TWO_JUDGES
 from .engine.progress import limit_threads
-from .engine.streams import image_noise, stream
+from .engine.streams import stream
 from .engine.training import ema_decay, ema_update
 from .flow import (
     FlowConfig, load_teacher, one_step, sample, save_teacher, train_teacher)
@@ -24,7 +24,7 @@ from .parts.bench import Bench
 from .parts.generator import OneStepGenerator
 from .metrics.verdicts import interval
 from .parts.workers import run_jobs
-from .tuned import Judges
+from .tuned import Judges, made_latents
 from .worlds.findings import stored_measurement
 from .worlds.latents import latent_store
 
@@ -59,17 +59,6 @@ def scaled(
     return out
 
 # %% ../nbs/11b_teacher.ipynb #7be65953
-def made(
-    generate, # noise [N, C, h, w], labels int64 [N] -> latents [N, C, h, w]
-    labels:Tensor, # int64 [N]
-    shape:tuple, # of a latent, (C, h, w)
-    noise_seed:int, # of the noises
-)->Tensor: # latents [N, C, h, w]
-    "What a generator makes of a set of noises, those of `made_images`"
-    noise = image_noise(labels, shape, noise_seed)
-    with torch.no_grad():
-        return torch.cat([generate(z, y) for z, y in zip(noise.split(250), labels.split(250))])
-
 def taught(
     model, # (x, t, y) -> velocity, a teacher
     **options, # as for `sample`
@@ -95,7 +84,7 @@ class Room:
         noise_seed:int, # of the noises
     )->Tensor: # latents [N, C, h, w], in the order of the labels
         "What a generator makes of a set of noises"
-        return made(generate, self.labels, self.bench.store.latent_shape, noise_seed)
+        return made_latents(generate, self.labels, self.bench.store.latent_shape, noise_seed)
 
 # %% ../nbs/11b_teacher.ipynb #19b12d92
 @patch

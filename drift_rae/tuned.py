@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGES', 'FRESH_SEEDS', 'FRESH_IMAGES', 'NEIGHBOURS',
-           'ELSEWHERE', 'TABLES', 'Judges', 'made_images', 'tuned_row', 'run_tuned', 'stored_run', 'searched',
-           'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text', 'main']
+           'ELSEWHERE', 'TABLES', 'Judges', 'made_latents', 'made_images', 'tuned_row', 'run_tuned', 'stored_run',
+           'searched', 'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text',
+           'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
 import copy, functools, io, time
@@ -61,18 +62,27 @@ class Judges:
         return out
 
 # %% ../nbs/08b_tuned.ipynb #9a9cf187
+def made_latents(
+    generate, # noise [N, C, h, w], labels int64 [N] -> latents [N, C, h, w]
+    labels:torch.Tensor, # int64 [N]
+    shape:tuple, # of a latent, (C, h, w)
+    noise_seed:int, # of the noises
+)->torch.Tensor: # latents [N, C, h, w]
+    "What a generator makes of a set of noises, as in `Bench.evaluate`"
+    noise = image_noise(labels, shape, noise_seed)
+    with torch.no_grad():
+        return torch.cat([generate(z, y) for z, y in zip(noise.split(250), labels.split(250))])
+
 def made_images(
     bench:Bench, # its decoder
-    generate, # noise [N, C, h, w], labels int64 [N] -> latents [N, C, h, w]
+    generate, # as above
     per_class:int, # images of each digit
     noise_seed:int, # of the noises
 )->torch.Tensor: # [10*per_class, 3, 16, 16]
     "Images from fixed noises, as `Bench.evaluate` judges them"
     labels = torch.arange(10).repeat_interleave(per_class)
-    noise = image_noise(labels, bench.store.latent_shape, noise_seed)
-    with torch.no_grad():
-        return torch.cat([bench.rae.decode(generate(z, y))
-                          for z, y in zip(noise.split(250), labels.split(250))])
+    latents = made_latents(generate, labels, bench.store.latent_shape, noise_seed)
+    with torch.no_grad(): return torch.cat([bench.rae.decode(x) for x in latents.split(250)])
 
 # %% ../nbs/08b_tuned.ipynb #cc3e669b
 def tuned_row(
