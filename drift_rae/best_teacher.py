@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'CHOICE', 'SAMPLING', 'PLAIN', 'TEACHERS', 'STUDENTS', 'score', 'best_of', 'way_name', 'decay_figures',
-           'way_figures', 'chosen_decay', 'chosen_way', 'student_figures', 'rebuild_best', 'over_teachers', 'answer']
+           'way_figures', 'chosen_decay', 'chosen_way', 'student_figures', 'rebuild_best', 'over_teachers', 'answer',
+           'student_ratios', 'best_findings']
 
 # %% ../nbs/11c_best.ipynb #e79e5ad5
 import functools, io
@@ -13,10 +14,11 @@ import numpy as np
 from .distill import DistillConfig, distill
 from .engine.progress import limit_threads
 from .flow import one_step
-from .metrics.verdicts import interval
+from .metrics.verdicts import (
+    Claim, chances_text, decide, format_percent, interval, p_text)
 from .parts.workers import run_jobs
 from .teacher_student import GUIDED, PAPER, SEEDS, SHIPPED, Room, taught, trained
-from .worlds.findings import stored_measurement
+from .worlds.findings import Finding, stored_measurement
 
 # %% ../nbs/11c_best.ipynb #6ffccf60
 DECAYS = (0., .9, .99, .997, SHIPPED, .9995) # of the average; 0: the last weights
@@ -172,3 +174,41 @@ def answer(
     for name, sides in zip(names, ([high < 0 for _, high in ends], [low > 0 for low, _ in ends])):
         if all(sides): return f'{name} ahead'
     return 'undecided'
+
+# %% ../nbs/11c_best.ipynb #b31b9ee2
+def student_ratios(
+    decay:float, # of the teacher's average
+    way:str, # of sampling the teacher, as from way_name
+    judge:str, # 'first' or 'second'
+)->dict: # teacher -> log ratios of student and teacher, one for each stored student
+    "How far students are behind (above 0) or ahead of their teachers"
+    out = {}
+    for t in TEACHERS:
+        found = [f for s in STUDENTS if (f := student_figures(t, decay, s))]
+        out[t] = [np.log(f['student'][judge]['fd']/f[way][judge]['fd']) for f in found]
+    return out
+
+def _joint_word(words):
+    "One verdict from those of both judges"
+    if len(set(words)) == 1: return words[0]
+    if {'reproduced', 'not reproduced'} <= set(words): return 'depends on the judge'
+    return 'undecided at this scale'
+
+# %% ../nbs/11c_best.ipynb #e3a09fae
+def best_findings()->list: # of Finding; empty where nothing is stored
+    "Table 4 with three teachers whose average was chosen, and five students of each"
+    decay = chosen_decay()
+    if chosen_way() is None or any(not student_figures(t, decay, 0) for t in TEACHERS): return []
+    ways = [way_name(*w) for w in dict.fromkeys((PLAIN, chosen_way()))]
+    d = {j: [over_teachers(student_ratios(decay, w, j)) for w in ways] for j in ('first', 'second')}
+    said = [Claim('student', 'worse', 'teacher')]*len(ways)
+    by_judge, found = {j: decide(said, d[j]) for j in d}, []
+    for k, way in enumerate(ways):
+        one, two = (by_judge[j][k] for j in d)
+        found.append(Finding('Table 4', f'the teacher with a chosen average is ahead ({way})',
+            '1.13 / 1.77', format_percent(d['first'][k]), _joint_word([one.word, two.word]),
+            '11c_best.ipynb#three-teachers-and-their-students',
+            f'decay {decay:g}; over three teachers; the second judge: '
+            f'{format_percent(d["second"][k])}', p=f'{p_text(one.holds)} / {p_text(one.fails)}',
+            power=chances_text(one, np.log(1.77/1.13))))
+    return found
