@@ -80,7 +80,8 @@ def to_images(
         wanted = f'{size} x {size}' if size else 'one size'
         raise ParameterError(f'images: {found} pixels; accepted is {wanted}. crop=True cuts the '
                              'largest square in the middle and scales it')
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # one order in memory, so that the same picture gives the same bits however it was given
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 # %% ../../nbs/sharing/01b_pictures.ipynb #0b06fb6c
 OUTPUTS = ('tensor', 'numpy', 'pil')
