@@ -73,6 +73,7 @@ def made_latents(
     with torch.no_grad():
         return torch.cat([generate(z, y) for z, y in zip(noise.split(250), labels.split(250))])
 
+# %% ../nbs/08b_tuned.ipynb #e62448e8
 def made_images(
     bench:Bench, # its decoder
     generate, # as above

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from drift_rae.best_teacher import best_findings
 from drift_rae.claims import CLAIMS, ablation_findings, all_findings, claims_table, scratch_findings
 from drift_rae.ablations import stored
 from drift_rae.metrics.verdicts import NO_POWER
@@ -17,7 +18,7 @@ WORDS = {'reproduced', 'not reproduced', 'undecided at this scale', 'too few see
 
 
 @pytest.fixture(scope='module')
-def found(): return all_findings()
+def found(): return [*all_findings(), *best_findings()]
 
 
 def tables(name):
