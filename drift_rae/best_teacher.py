@@ -90,14 +90,20 @@ def _stored(name, run, seed, **about):
     return kept['figures'] if kept else {}
 
 # %% ../nbs/11c_best.ipynb #07139f22
-def decay_figures(noises, room=None):
-    "Decay, as text -> figures on a set of noises of the choices; {}: not stored, without a room"
+def decay_figures(
+    noises:int, # seed of a set of noises of the choices
+    room:Room=None, # makes what is missing; None: only look
+)->dict: # decay, as text -> figures; {}: not stored
+    "Figures of the teacher of the choices, for each decay"
     return _stored('decay', room and (lambda: _by_decay(room, noises)), noises,
                    decays=DECAYS, evaluations=PAPER, teacher=CHOICE['teacher'])
 
 # %% ../nbs/11c_best.ipynb #bdf2a666
-def way_figures(noises, room=None):
-    "Way of sampling -> figures on a set of noises of the choices; {}: not stored, without a room"
+def way_figures(
+    noises:int, # seed of a set of noises of the choices
+    room:Room=None, # makes what is missing; None: only look
+)->dict: # way of sampling -> figures; {}: not stored
+    "Figures of the teacher of the choices with the chosen decay"
     return _stored('sampling', room and (lambda: _by_way(room, noises)), noises,
                    decay=chosen_decay(), ways=SAMPLING, teacher=CHOICE['teacher'])
 
