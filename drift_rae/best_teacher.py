@@ -16,8 +16,10 @@ from .engine.progress import limit_threads
 from .flow import one_step
 from .metrics.verdicts import (
     Claim, chances_text, decide, format_percent, interval, p_text)
+from .parts.bench import flow_recipe
 from .parts.workers import run_jobs
-from .teacher_student import GUIDED, PAPER, SEEDS, SHIPPED, Room, taught, trained
+from .teacher_student import (
+    GUIDED, PAPER, PER_CLASS, SEEDS, SHIPPED, Room, taught, trained)
 from .worlds.findings import Finding, stored_measurement
 
 # %% ../nbs/11c_best.ipynb #6ffccf60
@@ -86,7 +88,7 @@ _FILES = ('encoder', 'stats', 'decoder', 'judge', 'second_judge')
 def _stored(name, run, seed, **about):
     "Figures of a measurement, {} if it is not stored and not made; `run`: a function, or None"
     kept = stored_measurement(f'best teacher, {name}', run and (lambda: dict(figures=run())),
-                              _FILES, seed, per_class=100, **about)
+                              _FILES, seed, per_class=PER_CLASS, trained=flow_recipe(), **about)
     return kept['figures'] if kept else {}
 
 # %% ../nbs/11c_best.ipynb #07139f22

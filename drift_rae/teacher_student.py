@@ -20,7 +20,7 @@ from .engine.streams import stream
 from .engine.training import ema_decay, ema_update
 from .flow import (
     FlowConfig, load_teacher, one_step, sample, save_teacher, train_teacher)
-from .parts.bench import Bench
+from .parts.bench import Bench, flow_recipe, short_digest
 from .parts.generator import OneStepGenerator
 from .metrics.verdicts import interval
 from .parts.workers import run_jobs
@@ -166,7 +166,8 @@ def trained(
     folder:str|Path=WEIGHTS, # of the weights
 )->dict: # decay -> the network
     "The averages of a training; it is repeated if one is not there"
-    paths = {d: Path(folder)/f'{seed}_{d:g}.safetensors' for d in decays}
+    recipe = short_digest(flow_recipe())[:8]
+    paths = {d: Path(folder)/f'{seed}_{d:g}_{recipe}.safetensors' for d in decays}
     if not all(p.is_file() for p in paths.values()):
         networks = training_averages(seed, decays)
         for d, network in networks.items(): save_teacher(paths[d], network)
