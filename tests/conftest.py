@@ -13,8 +13,9 @@ def forked_workers():
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes of computation, run only with -m slow')
 
-# the longest first, so that no worker is left alone with one of them at the end
-LONGEST = ['test_a_rebuild', 'test_signals', 'test_scale', 'test_run', 'test_done', 'test_geometry', 'test_browser', 'test_site', 'test_own']
+# the longest first, so that no worker is left alone with one of them at the end; test_site comes later than test_browser,
+# because both need the rendered site, and a worker that needs it while another one renders it has to wait
+LONGEST = ['test_a_rebuild', 'test_signals', 'test_scale', 'test_run', 'test_done', 'test_geometry', 'test_browser', 'test_own']
 
 def pytest_collection_modifyitems(config, items):
     rank = {name: i for i, name in enumerate(LONGEST)}

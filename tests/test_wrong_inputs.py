@@ -27,7 +27,9 @@ def check(lines, most_raw):
     assert len(raw) <= most_raw, raw
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch): monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+def offline(monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True) # if it was imported before, by another test
 
 @pytest.mark.parametrize('part', range(PARTS))
 def test_wrong_inputs_are_refused(part):
