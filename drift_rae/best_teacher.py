@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'CHOICE', 'SAMPLING', 'PLAIN', 'TEACHERS', 'STUDENTS', 'score', 'best_of', 'way_name', 'decay_figures',
-           'way_figures', 'chosen_decay', 'chosen_way', 'student_figures', 'rebuild_best', 'over_teachers', 'answer',
-           'student_ratios', 'best_findings']
+           'way_figures', 'chosen_decay', 'chosen_way', 'student_figures', 'student_ratios', 'rebuild_best',
+           'over_teachers', 'answer', 'best_findings']
 
 # %% ../nbs/11c_best.ipynb #e79e5ad5
 import functools, io
@@ -140,6 +140,19 @@ def student_figures(
     return _stored(f'student of {teacher}', run, seed, decay=decay, way=chosen_way(),
                    recipe=DistillConfig.preset('tiny', 'c').recipe())
 
+# %% ../nbs/11c_best.ipynb #b31b9ee2
+def student_ratios(
+    decay:float, # of the teacher's average
+    way:str, # of sampling the teacher, as from way_name
+    judge:str, # 'first' or 'second'
+)->dict: # teacher -> log ratios of student and teacher, one for each stored student
+    "How far students are behind (above 0) or ahead of their teachers"
+    out = {}
+    for t in TEACHERS:
+        found = [f for s in STUDENTS if (f := student_figures(t, decay, s))]
+        out[t] = [np.log(f['student'][judge]['fd']/f[way][judge]['fd']) for f in found]
+    return out
+
 # %% ../nbs/11c_best.ipynb #8e2c4784
 @functools.cache
 def _room(): return Room()
@@ -196,19 +209,6 @@ def answer(
         if all(sides): return f'{name} ahead'
     return 'undecided'
 
-# %% ../nbs/11c_best.ipynb #b31b9ee2
-def student_ratios(
-    decay:float, # of the teacher's average
-    way:str, # of sampling the teacher, as from way_name
-    judge:str, # 'first' or 'second'
-)->dict: # teacher -> log ratios of student and teacher, one for each stored student
-    "How far students are behind (above 0) or ahead of their teachers"
-    out = {}
-    for t in TEACHERS:
-        found = [f for s in STUDENTS if (f := student_figures(t, decay, s))]
-        out[t] = [np.log(f['student'][judge]['fd']/f[way][judge]['fd']) for f in found]
-    return out
-
 # %% ../nbs/11c_best.ipynb #7849491e
 def _joint_word(words):
     "One verdict from those of both judges"
@@ -217,10 +217,11 @@ def _joint_word(words):
     return 'undecided at this scale'
 
 # %% ../nbs/11c_best.ipynb #e3a09fae
-def best_findings()->list: # of Finding; empty where nothing is stored
+def best_findings()->list: # of Finding; empty until all students are stored
     "Table 4 with three teachers whose average was chosen, and five students of each"
     decay = chosen_decay()
-    if chosen_way() is None or any(not student_figures(t, decay, 0) for t in TEACHERS): return []
+    if chosen_way() is None: return []
+    if not all(student_figures(t, decay, s) for t in TEACHERS for s in STUDENTS): return []
     ways = [way_name(*w) for w in dict.fromkeys((PLAIN, chosen_way()))]
     d = {j: [over_teachers(student_ratios(decay, w, j)) for w in ways] for j in ('first', 'second')}
     said = [Claim('student', 'worse', 'teacher')]*len(ways)

@@ -176,8 +176,8 @@ def trained(
 # %% ../nbs/11b_teacher.ipynb #af67ac9c
 def _weights(room, seed):
     "Figures of the last weights; apart: distance of both averages, relative to their norm"
-    names = {'last': 0., 'average': SHIPPED}
-    networks = {n: trained()[d] for n, d in names.items()} | {'shipped': room.bench.teacher}
+    kept = trained()
+    networks = dict(last=kept[0.], average=kept[SHIPPED], shipped=room.bench.teacher)
     flat = {n: torch.cat([p.flatten() for p in net.parameters()]) for n, net in networks.items()}
     def apart(a, b): return float((flat[a] - flat[b]).norm()/flat[b].norm())
     figures = room.judged(room.made(taught(networks['last'], steps=PAPER+1), seed))
