@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw
 from drift_rae.engine.files import load_weights, read_json, save_weights, sha256_of, weights_path
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.flow import load_teacher
-from drift_rae.own import emoji as drawn
-from drift_rae.own import world as second
+from drift_rae.second import emoji as drawn
+from drift_rae.second import world as second
 from drift_rae.own.judge import load_picture_judge, nearest_pixels, within_class
+from drift_rae.second import measure
 from drift_rae.parts.generator import OneStepGenerator
 
 
@@ -114,10 +115,10 @@ def made(packages, tmp_path_factory):
     patch.setattr(second, 'ENCODER', dict(encoder='timm:test_efficientnet', layers='1,2', size=64, view=64, grid=4,
                                           channels=16))
     patch.setattr(second, 'CHOICES', ((64, (1, 2), True), (64, (2,), False)))
-    patch.setattr(second, 'GUIDANCE', (1., 2.))
-    patch.setattr(second, 'STEPS', (1, 2, 50))
+    patch.setattr(measure, 'GUIDANCE', (1., 2.))
+    patch.setattr(measure, 'STEPS', (1, 2, 50))
     rows = second.world(str(place/'home'), str(packages), str(weights), each=45, decoder_steps=2, judge_steps=2,
-                        teach_steps=2, steps=1, rate=1e-4, per_class=8)
+                        teach_steps=2, steps=1, rate=1e-4, per_class=8, nproc=1)
     yield place/'home', rows
     patch.undo()
 
@@ -129,6 +130,14 @@ def test_the_whole_command_measures_every_row(made):
     assert rows['student C']['n'] == 16 and rows['held out']['copies'] == 1
     layers = read_json(home/'layers.json')['rows']
     assert [(r['view'], r['layers'], r['rotated']) for r in layers] == [(64, [1, 2], True), (64, [2], False)]
+
+
+def test_generators_measured_side_by_side_have_the_same_metrics(made):
+    home, rows = made
+    folders = {n: str(home/f'students/{n.lower()}_0.0001_0') for n in 'AC'}
+    of = {n: dict(generator=folder, per_class=8, seed=1) for n, folder in folders.items()}
+    found = measure.measured_rows(home, of, processes=2)
+    assert found == {n: rows[f'student {n}'] for n in 'AC'} and list(found) == ['A', 'C']
 
 
 def test_publish_writes_what_the_chapter_and_the_package_read(made, tmp_path):

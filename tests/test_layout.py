@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NBS, PACKAGE = ROOT/'nbs', ROOT/'drift_rae'
-FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'sharing', 'imagenet', 'own', 'commands') # worlds, parts and sharing are one row
+FOLDERS = ('engine', 'networks', 'metrics', 'worlds', 'parts', 'sharing', 'imagenet', 'own', 'second', 'commands') # worlds, parts and sharing are one row
 MOST_NOTEBOOKS, MOST_LINES, WIDTH = 12, 350, 100
 
 notebooks = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -28,7 +28,7 @@ def module_of(path):
 
 def place(path):
     """Where a notebook stands in the order of dependence: engine, networks, metrics; then chapters and
-    parts, mixed by the number and letter that their names begin with; then imagenet, own, commands."""
+    parts, mixed by the number and letter that their names begin with; then imagenet, own, second, commands."""
     folder = path.parent.name if path.parent != NBS else ''
     number = re.match(r'(\d\d)([a-z]?)_', path.name)
     number = (int(number[1]), number[2]) if number else (-1, path.stem)

@@ -24,7 +24,7 @@ MODULES = ['autoencoder', 'diffusion_gan', 'distill', 'drifting', 'evaluate', 'f
            'metrics.verdicts', 'networks.ditdh', 'networks.released', 'networks.sdvae', 'networks.vit', 'networks.cost',
            'parts.generator', 'sharing.sets', 'parts.ingredients', 'parts.monitor', 'sharing.onnx', 'parts.paths', 'parts.recipe', 'parts.step',
            'parts.weights', 'worlds.data', 'worlds.judge', 'worlds.latents', 'worlds.measure', 'worlds.shards', 'worlds.vae',
-           'parts.bench', 'imagenet.stage1_data', 'parts.workers', 'own.emoji', 'own.layers', 'own.world']
+           'parts.bench', 'imagenet.stage1_data', 'parts.workers', 'second.emoji', 'own.layers', 'second.world']
 
 def lines():
     "(number, target, expression, wanted) of each line of the table"

@@ -155,12 +155,15 @@ def run_jobs(
     jobs:dict, # job, which can be hashed and pickled -> its name in the output
     processes:int=0, # jobs at the same time; 0: one for each physical core, if that is possible
     minutes:float=0., # start nothing new after this time; 0: no limit
+    kept:dict=None, # receives what the function returns, by job
+    shown:tuple=(), # names of the numbers to show; empty: all
 )->int: # jobs that are left
     "Run independent long jobs, each on one thread, and print what ends"
     progress, ended = Progress(len(jobs), 'run', every=0), 0
     with few_threads():
         for job, figures in as_they_end(function, list(jobs), processes, minutes):
-            progress(ended, **figures)
+            if kept is not None: kept[job] = figures
+            progress(ended, **{k: figures[k] for k in shown or figures})
             ended += 1
             print(f'    {jobs[job]}', flush=True)
     if ended < len(jobs): print(f'{len(jobs) - ended} runs are left')
