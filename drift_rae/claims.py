@@ -279,9 +279,11 @@ def claims_table(
 ): # a Markdown table
     "The table of claims, each with a link to its place"
     def bars(text): return text.replace('|', '∣') # a cell has no vertical bar of its own
-    names = ('paper', 'here', 'p', 'power', 'best', 'epochs', 'reads')
-    rows = [[f'[{f.where}]({f.link})', bars(f.claim), f'**{f.word}**',
+    def claim(f): return bars(f.claim) + (f'<br><small>{bars(f.reads)}</small>' if f.reads else '')
+    names = ('paper', 'here', 'p', 'power', 'best', 'epochs')
+    rows = [[f'[{f.where}]({f.link})', claim(f), f'**{f.word}**',
         *(bars(getattr(f, n)) for n in names)] for f in found]
-    header = ['where', 'claim', 'verdict', 'paper', 'here [95 %]', 'adjusted p: holds / fails',
-        "chances with the paper's effect", "at each row's best", 'after 16 epochs', 'note']
+    header = ['where', 'claim, note', 'verdict', 'paper', 'here [95 %]',
+        'adjusted p: holds / fails', "chances with the paper's effect", "at each row's best",
+        'after 16 epochs']
     return markdown_table(header, rows, caption)

@@ -294,6 +294,8 @@ def check_markdown(page, site):
     for pre in page.html.find_all(['pre', 'code']):
         if pre.name == 'code' and pre.find_parent('pre'): continue
         for found in re.findall(r'\[[^\]\n]+\]\((?:https?:|[\w/.]+\.(?:ipynb|html))[^)]*\)', pre.get_text()): yield found
+    for a in page.html.find_all('a'): # nbdev has linked a name inside a link
+        if '](http' in a.get_text(): yield a.get_text()
 
 
 def check_emphasis(page, site):

@@ -32,7 +32,8 @@ PLANTED = dict(
     markdown='```python\n# see [`stored`](https://drift-rae.github.io/drift_rae/x.html#stored)\n```',
     math='$$\\undefined{x}$$', link='[there](#nowhere)', stem='as `05_flow` says', reference='as @nobody1900 and @fig-none say')
 PLANTED_TOO = [('list', '(12) is an equation'), ('link', '[there](missing.ipynb)'), ('stem', 'in chapter 07'),
-    ('reference', 'see @eq-99'), ('markdown', '    [`f`](parts/05a_generator.ipynb)'),
+    ('reference', 'see @eq-99'),
+    ('markdown', 'see [[`stored`](https://drift-rae.github.io/drift_rae/x.html#stored)](flow.html)'), ('markdown', '    [`f`](parts/05a_generator.ipynb)'),
     ('emphasis', '::: {.cell-output-markdown}\n### f\n```python\ndef f():\n```\n\n*a * b and c*d*\n:::')]
 FINE = """A list:
 
