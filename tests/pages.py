@@ -407,12 +407,15 @@ def check_size(page, site):
 
 
 def check_api(page, site):
+    names = [name for name, _ in public(page.module)]
     for name, entry in public(page.module):
         heading = page.html.find(re.compile('^h[2-6]$'), id=name.lower())
         if heading is None: yield f'no entry: {name}'
         elif not entry: yield f'no docstring: {name}'
         same = [h for h in page.html.find_all(re.compile('^h[3-6]$')) if h.get_text() == name]
         if len(same) > 1: yield f'two entries (drop the show_doc cell): {name}'
+        owner, _, bare = name.rpartition('.')
+        if owner and bare not in names and page.html.find(re.compile('^h[3-6]$'), string=bare): yield f'an entry without its class: {name}'
 
 
 def source_of(module):

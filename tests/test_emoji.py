@@ -17,7 +17,8 @@ from drift_rae.engine.parameters import ParameterError
 from drift_rae.flow import load_teacher
 from drift_rae.second import emoji as drawn
 from drift_rae.second import world as second
-from drift_rae.own.judge import load_picture_judge, nearest_pixels, within_class
+from drift_rae.metrics.distances import within_class_variance
+from drift_rae.own.judge import load_picture_judge, nearest_pixels
 from drift_rae.second import measure
 from drift_rae.parts.generator import OneStepGenerator
 
@@ -99,8 +100,8 @@ def test_pictures_by_class_set_and_character(packages, tmp_path, capsys):
 def test_measures_of_variety_and_memory():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(600, 4, generator=g)
-    assert abs(within_class(x, torch.arange(600) % 3) - 4) < .4
-    assert within_class(x[:3].repeat_interleave(5, 0), torch.arange(3).repeat_interleave(5)) == 0
+    assert abs(within_class_variance(x, torch.arange(600) % 3) - 4) < .4
+    assert within_class_variance(x[:3].repeat_interleave(5, 0), torch.arange(3).repeat_interleave(5)) == 0
     pixels = torch.randint(256, (8, 3, 16, 16), generator=g).byte()
     assert nearest_pixels(pixels[:3], pixels) == 0 < nearest_pixels(pixels[:3], pixels[3:])
 

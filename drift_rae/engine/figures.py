@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'TEMPERATURES', 'SEQUENCE', 'WIDTH', 'PAGE_CHARACTERS', 'figure_style', 'column_widths', 'markdown_table',
-           'public_methods', 'EntryWithMethods', 'text_of']
+           'public_methods', 'entry_name', 'EntryWithMethods', 'text_of']
 
 # %% ../../nbs/engine/11_figures.ipynb #9b3f92f2
 # one colour per thing: rows of Table 3, spaces, generators, references
@@ -93,6 +93,15 @@ def public_methods(
             and (inspect.isfunction(value) or isinstance(value, kinds))]
 
 # %% ../../nbs/engine/11_figures.ipynb #61250323
+def entry_name(
+    sym:object, # function or class
+)->str|None: # such as Circle.grow; None: its own name is right
+    "The name of a method that was added with `@patch`, also below another decorator"
+    if not inspect.isfunction(sym): return None
+    first = next(iter(inspect.signature(sym).parameters.values()), None)
+    if first is None or first.name != 'self' or not inspect.isclass(first.annotation): return None
+    return f'{first.annotation.__name__}.{sym.__name__}'
+
 class EntryWithMethods:
     "The text of the entry of a class, with one for each public method, or of a function"
     def __init__(
@@ -102,7 +111,7 @@ class EntryWithMethods:
         title_level:int=3, # of the heading; methods stand one level below
     ):
         entry = import_module('nbdev.showdoc').BasicMarkdownRenderer
-        self.entries = [entry(sym, name=name, title_level=title_level)]
+        self.entries = [entry(sym, name=name or entry_name(sym), title_level=title_level)]
         if not inspect.isclass(sym): return
         owner = name or sym.__name__
         for method in public_methods(sym):

@@ -13,9 +13,10 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..autoencoder import RAE
 from ..evaluate import evaluate_images, load_reference
+from ..metrics.distances import within_class_variance
 from ..metrics.images import TensorImages
 from ..own.judge import (
-    PictureJudge, judged, load_picture_judge, nearest_pixels, picture_extractor, within_class)
+    PictureJudge, judged, load_picture_judge, nearest_pixels, picture_extractor)
 from ..own.pictures import Pictures, read_pictures
 from ..parts.workers import run_jobs
 from ..sharing.sets import make_images
@@ -32,7 +33,7 @@ class World:
         def read(name): return read_pictures(Pictures(self.home/'pictures'/name, size))[:2]
         (self.train, self.labels), (self.held, self.held_labels) = read('train'), read('held_out')
         self.reference = load_reference(TensorImages(self.train), self.extractor)
-        self.spread = within_class(self._features(self.train), self.labels)
+        self.spread = within_class_variance(self._features(self.train), self.labels)
         self.near = nearest_pixels(self.held, self.train)
 
 # %% ../../nbs/second/02_measure.ipynb #f3d28441
@@ -50,7 +51,7 @@ def measure(self:World, pixels:Tensor, labels:Tensor)->dict:
     right = (judged(self.judge, pixels) == labels).float().mean()
     names = ('fd', 'fd_bias', 'n', 'n_real', 'precision', 'recall')
     return dict({k: float(found[k]) for k in names}, accuracy=float(right),
-                spread=within_class(self._features(pixels), labels)/self.spread,
+                spread=within_class_variance(self._features(pixels), labels)/self.spread,
                 copies=nearest_pixels(pixels, self.train)/self.near)
 
 # %% ../../nbs/second/02_measure.ipynb #b0ce1735
