@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE_3', 'TABLE_3_SHORT', 'TABLE_5', 'TABLE_5_SHORT', 'TABLE_5_LONG', 'TABLE_5_ORIGINAL', 'TABLE_5_SQUARE',
            'READINGS', 'TABLE_6', 'TABLE_7', 'SWITCHES', 'SAMPLES', 'STEPS', 'CLASSES', 'RATE', 'TEACHERS', 'ROWS',
-           'CLAIMS', 'PRIMARY', 'rows_of', 'stored', 'missing', 'rebuild_results', 'clipped_share', 'list_parser',
-           'main', 'step_memory']
+           'CLAIMS', 'PRIMARY', 'rows_of', 'stored', 'missing', 'rebuild_results', 'clipped_share', 'rebuild_clipped',
+           'list_parser', 'main', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #321b6da5
 import argparse, json, os
@@ -241,6 +241,19 @@ def clipped_share(
     what = dict(recipe(row.config()), measured='clipped')
     found = cached('clipping', row.name, 0, what, bench and run, folder)
     return found and found['clipped']
+
+# %% ../nbs/08_ablations.ipynb #57dcd5dd
+def _clip_and_store(row):
+    "One run, whose result is stored; its share"
+    return dict(clipped=clipped_share(row, shared_bench()))
+
+def rebuild_clipped(
+    names, # of switches
+    processes:int=0, # runs at the same time; 0: one for each physical core
+):
+    "Run what is missing of `clipped_share`, on all cores"
+    rows = [row for name, row in rows_of('switches').items() if name in names]
+    run_jobs(_clip_and_store, {r: r.name for r in rows if clipped_share(r) is None}, processes)
 
 # %% ../nbs/08_ablations.ipynb #782149f7
 def list_parser(

@@ -1,9 +1,9 @@
-"What `rebuild=1` of 10_trajectories, 12_guided and 13_steps runs: all that is missing, in several processes, choices first"
+"What `rebuild=1` of 08_ablations to 13_steps runs: all that is missing, in several processes, choices first"
 import json
 from pathlib import Path
 import pytest
 import programs
-from drift_rae import guided, steps, trajectories
+from drift_rae import ablations, from_scratch, guided, steps, trajectories
 
 @pytest.fixture(scope='module')
 def rebuilt(tmp_path_factory):
@@ -15,12 +15,27 @@ def rebuilt(tmp_path_factory):
 
 def names(said): return [line.strip() for line in said if line.startswith('    ')]
 
-@pytest.mark.parametrize('module, rebuild', [(trajectories, 'rebuild_trajectories'), (guided, 'rebuild_guided'), (steps, 'rebuild_steps')])
-def test_nothing_is_missing_in_this_checkout(module, rebuild, monkeypatch):
-    missing = {}
-    monkeypatch.setattr(module, 'run_jobs', lambda function, jobs, processes: missing.update(jobs))
-    getattr(module, rebuild)()
-    assert missing == {}
+CLIPPED = ('default', 'reduction_original') # of 08_ablations
+
+@pytest.mark.parametrize('module, rebuild, given', [
+    (trajectories, 'rebuild_trajectories', ()), (guided, 'rebuild_guided', ()), (steps, 'rebuild_steps', ()),
+    (from_scratch, 'rebuild_scratch', ()), (from_scratch, 'rebuild_from_teacher', ()), (ablations, 'rebuild_clipped', (CLIPPED,))])
+def test_nothing_is_missing_in_this_checkout(module, rebuild, given, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, 'run_jobs', lambda function, jobs, processes: asked.append(jobs))
+    getattr(module, rebuild)(*given)
+    assert asked and not any(asked)
+
+def test_what_is_missing_is_named(monkeypatch):
+    "The runs of an empty folder of results"
+    asked = {}
+    for module in (from_scratch, ablations):
+        monkeypatch.setattr(module, 'cached', lambda *_: None)
+        monkeypatch.setattr(module, 'run_jobs', lambda function, jobs, processes: asked.update(jobs))
+    from_scratch.rebuild_from_teacher(2)
+    ablations.rebuild_clipped(CLIPPED)
+    assert list(asked.values()) == ['from the teacher, seed 0', 'from the teacher, positives too, seed 0', 'from the teacher, seed 1',
+                                    'from the teacher, positives too, seed 1', *CLIPPED]
 
 def test_every_run_has_a_line_and_is_made_once(rebuilt):
     _, two, again, _ = rebuilt

@@ -46,6 +46,7 @@ PAGE_CHARACTERS = 110 # of a table's text that fit beside each other on a page
 def _shown_lines(text):
     "The lines of a cell without Markdown's marks"
     text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text) # a link
+    text = text.replace(' ± ', '_±_').replace(' %', '_%') # better not broken there
     return re.sub(r'\*\*|`|\\|</?small>', '', text).split('<br>')
 
 def column_widths(
