@@ -42,21 +42,27 @@ def figure_style(
 import re
 
 PAGE_CHARACTERS = 110 # of a table's text that fit beside each other on a page
+_TOGETHER = r' (?=[±/%])|(?<=[±/]) |(?<=\d,) (?=[-+]?[\d.])' # 1.2 ± .1, 1 / 2, 3 %, [4, 5]
 
 def _shown_lines(text):
     "The lines of a cell without Markdown's marks"
     text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text) # a link
-    text = text.replace(' ± ', '_±_').replace(' %', '_%') # better not broken there
     return re.sub(r'\*\*|`|\\|</?small>', '', text).split('<br>')
 
+def _longest_words(columns):
+    "Characters of the longest word in each column"
+    return [max(len(word) for line in c for word in line.split(' ')) for c in columns]
+
+# %% ../../nbs/engine/11_figures.ipynb #305ce9da
 def column_widths(
     columns:list, # one list of texts for each column, its header first
 )->list: # characters, from 3
     "How the columns of a table share the width of a page"
     lines = [[line for text in column for line in _shown_lines(text)] for column in columns]
-    least = [max(len(word) for line in c for word in line.split() or ['']) for c in lines]
     most = [max(map(len, c)) for c in lines]
     if sum(most) <= PAGE_CHARACTERS: return [max(3, n) for n in most]
+    least = _longest_words([[re.sub(_TOGETHER, '_', line) for line in c] for c in lines])
+    if sum(least) > PAGE_CHARACTERS: least = _longest_words(lines) # numbers have to be broken
     spare, wanted = max(0, PAGE_CHARACTERS - sum(least)), max(1, sum(most) - sum(least))
     return [max(3, round(a + spare*(b - a)/wanted)) for a, b in zip(least, most)]
 
