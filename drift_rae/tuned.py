@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGES', 'FRESH_SEEDS', 'FRESH_IMAGES', 'NEIGHBOURS',
-           'ELSEWHERE', 'TABLES', 'Judges', 'made_latents', 'made_images', 'tuned_row', 'run_tuned', 'stored_run',
-           'searched', 'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text',
-           'main']
+           'DIGITS', 'ELSEWHERE', 'TABLES', 'Judges', 'made_latents', 'made_images', 'Search', 'tuned_row', 'run_tuned',
+           'stored_run', 'searched', 'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign',
+           'read_text', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
 import copy, functools, io, time
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 import numpy as np
 import torch
 from .engine.parameters import ParameterError
@@ -77,61 +78,81 @@ def made_latents(
 def made_images(
     bench:Bench, # its decoder
     generate, # as above
-    per_class:int, # images of each digit
+    per_class:int, # images of each class
     noise_seed:int, # of the noises
-)->torch.Tensor: # [10*per_class, 3, 16, 16]
+)->torch.Tensor: # [classes*per_class, 3, H, W]
     "Images from fixed noises, as `Bench.evaluate` judges them"
-    labels = torch.arange(10).repeat_interleave(per_class)
+    labels = torch.arange(bench.classes).repeat_interleave(per_class)
     latents = made_latents(generate, labels, bench.store.latent_shape, noise_seed)
     with torch.no_grad(): return torch.cat([bench.rae.decode(x) for x in latents.split(250)])
+
+# %% ../nbs/08b_tuned.ipynb #3a72fd1a
+@dataclass(frozen=True)
+class Search:
+    "What all runs of a search share"
+    table:str='tuned' # folder of its results
+    model:str='tiny' # scale of the rows
+    steps:int=LENGTH # of every run
+    rate:float=1.25e-4 # the learning rate that RATES multiplies
+    images:tuple=(SEARCH_IMAGES, FRESH_IMAGES) # of a class: in the search, in what is reported
+    bench:Callable=shared_bench # makes the bench of a process
+    recipe:Callable=recipe # (configuration, teacher, evaluation) -> what a run depends on
+    judges:Callable|None=Judges # further judges of what is reported; None: no others
+
+DIGITS = Search()
 
 # %% ../nbs/08b_tuned.ipynb #cc3e669b
 def tuned_row(
     row:Row, # of a table of TABLES
-    rate:float, # times the miniature's learning rate
-)->Row: # of table 'tuned'
+    rate:float, # times the search's learning rate
+    search:Search=DIGITS, # its length and learning rate
+)->Row: # of the table of the search
     "A row over the paper's 16 epochs with another learning rate"
-    lr = f'lr=({1.25e-4*rate:g},{1.25e-6*rate:g})'
-    changes = f'steps={LENGTH} {lr} {row.changes}'.strip()
-    return replace(row, table='tuned', curve=0, changes=changes)
+    lr = f'lr=({search.rate*rate:g},{search.rate/100*rate:g})'
+    changes = f'steps={search.steps} {lr} {row.changes}'.strip()
+    return replace(row, table=search.table, curve=0, changes=changes)
 
 # %% ../nbs/08b_tuned.ipynb #816b0c07
 @functools.cache
-def _what(row, rate, per_class):
+def _what(row, rate, per_class, search=DIGITS):
     "All that a run depends on but its seed and the code; asked for at each look for a result"
     evaluation = dict(EVALUATION, per_class=per_class)
-    return dict(recipe(tuned_row(row, rate).config(), 0, evaluation), epochs=EPOCHS,
-                averages=AVERAGES)
+    config = tuned_row(row, rate, search).config(search.model)
+    return dict(search.recipe(config, 0, evaluation), epochs=EPOCHS, averages=AVERAGES)
 
 # %% ../nbs/08b_tuned.ipynb #2904c203
-def _reader(bench, slow, noise_seed, per_class, best):
+def _reader(bench, slow, noise_seed, per_class, best, search):
     "A callback that evaluates both averages at each of EPOCHS, its results, and its seconds"
     reads, spent, judged = {name: {} for name in AVERAGES}, [0.], {}
     def callback(step, row, average):
-        epoch = EPOCHS[-1]*(step + 1)/LENGTH
+        epoch = EPOCHS[-1]*(step + 1)/search.steps
         if epoch not in EPOCHS: return
         begin = time.process_time()
         for name, model in zip(AVERAGES, (average, slow)):
             def generate(z, y): return one_step(model, z, y)
             reads[name][f'{epoch:g}'] = bench.evaluate(generate, per_class, noise_seed)
-            if (name, epoch) == best:
-                judged.update(Judges().figures(made_images(bench, generate, per_class, noise_seed)))
+            if search.judges and (name, epoch) == best:
+                images = made_images(bench, generate, per_class, noise_seed)
+                judged.update(search.judges().figures(images))
         spent[0] += time.process_time() - begin
     return callback, reads, judged, spent
 
 # %% ../nbs/08b_tuned.ipynb #6e3ea964
 def run_tuned(
     row:Row, # of a table of TABLES
-    rate:float, # times the miniature's learning rate
+    rate:float, # times the search's learning rate
     seed:int, # of the distillation; the evaluation's noises depend on it too
     bench:Bench, # with the teacher that ships
-    per_class:int, # images of each digit
+    per_class:int, # images of each class
     best:tuple=None, # (average, epoch) that both judges measure; None: not measured
+    search:Search=DIGITS, # its scale and length
 )->dict: # reads: average -> epoch -> figures; judges; clipped: share of steps
     "Distil one row over 16 epochs, and judge both averages on the way"
-    config, noise_seed = tuned_row(row, rate).config(), EVALUATION['noise_seed'] + seed
+    config = tuned_row(row, rate, search).config(search.model)
+    noise_seed = EVALUATION['noise_seed'] + seed
     slow, begin = copy.deepcopy(bench.teacher), time.process_time()
-    callback, reads, judged, spent = _reader(bench, slow, noise_seed, per_class, best)
+    callback, reads, judged, spent = _reader(bench, slow, noise_seed, per_class, best,
+                                             search)
     with redirect_stdout(io.StringIO()):
         _, log = distill(bench.teacher, bench.store, config, seed=seed, callback=callback,
                          also={slow: AVERAGES['slow']})
@@ -144,18 +165,19 @@ def run_tuned(
 # %% ../nbs/08b_tuned.ipynb #0e52dd70
 def stored_run(
     row:Row, # of a table of TABLES
-    rate:float, # times the miniature's learning rate
+    rate:float, # times the search's learning rate
     seed:int, # of the distillation
     bench:Bench=None, # makes what is missing; None: only look
     folder:str|Path=None, # of the results; None: of this checkout
+    search:Search=DIGITS, # whose run it is
 )->dict|None: # as of run_tuned, with its recipe
     "A run of the search (its seed) or of what is reported (the other seeds)"
-    per_class = SEARCH_IMAGES if seed == SEARCH_SEED else FRESH_IMAGES
+    per_class = search.images[seed != SEARCH_SEED]
     def run():
-        point = best_point(searched(row, folder)) if seed != SEARCH_SEED else None
-        return run_tuned(row, rate, seed, bench, per_class, point and point[1:])
-    return cached('tuned', f'{row.table} {row.name} x{rate:g}', seed, _what(row, rate, per_class),
-                  bench and run, folder)
+        point = best_point(searched(row, folder, search)) if seed != SEARCH_SEED else None
+        return run_tuned(row, rate, seed, bench, per_class, point and point[1:], search)
+    what, name = _what(row, rate, per_class, search), f'{row.table} {row.name} x{rate:g}'
+    return cached(search.table, name, seed, what, bench and run, folder)
 
 # %% ../nbs/08b_tuned.ipynb #c935ec81
 ELSEWHERE = {('5', 'both'): ('3', 'B'), ('7', '256, 64+192'): ('6', '64+192')} # the same rows
@@ -166,11 +188,12 @@ TABLES = { # table -> rows that are searched for it
 def searched(
     row:Row, # of a table of TABLES
     folder:str|Path=None, # of the results; None: of this checkout
+    search:Search=DIGITS, # whose points they are
 )->dict: # (rate, average, epoch) -> Frechet distance
     "Every point of the search that is stored"
     found = {}
     for rate in RATES:
-        run = stored_run(row, rate, SEARCH_SEED, None, folder)
+        run = stored_run(row, rate, SEARCH_SEED, None, folder, search)
         if not run: continue
         for average, reads in run['reads'].items():
             for epoch, figures in reads.items(): found[rate, average, int(epoch)] = figures['fd']
@@ -197,21 +220,22 @@ def best_point(
     return None if next_rate(points) else min(points, key=points.get)
 
 # %% ../nbs/08b_tuned.ipynb #997dcc5f
-def _rounds(tables, seeds, folder):
+def _rounds(tables, seeds, folder, search=DIGITS):
     "Yield lists of (row, rate, seed) that are missing; a search's next run depends on its last"
     rows = {(r.table, r.name): r for t in tables for r in TABLES[t]}.values()
     for _ in RATES:
-        rates = [(row, next_rate(searched(row, folder))) for row in rows]
+        rates = [(row, next_rate(searched(row, folder, search))) for row in rows]
         if any(rate for _, rate in rates):
             yield [(row, rate, SEARCH_SEED) for row, rate in rates if rate]
-    at_best = [(row, best_point(searched(row, folder))[0], seed) for seed in seeds for row in rows]
-    yield [job for job in at_best if not stored_run(*job, None, folder)]
+    best = {row: best_point(searched(row, folder, search))[0] for row in rows}
+    at_best = [(row, best[row], seed) for seed in seeds for row in rows]
+    yield [job for job in at_best if not stored_run(*job, None, folder, search)]
 
 # %% ../nbs/08b_tuned.ipynb #7385c847
 def _run_and_store(job):
     "One run, whose result is stored; its last distance and its processor seconds"
-    row, rate, seed, folder = job
-    run = stored_run(row, rate, seed, shared_bench(), folder)
+    row, rate, seed, folder, search = job
+    run = stored_run(row, rate, seed, search.bench(), folder, search)
     return dict(fd=run['figures']['fd'], cpu=run['seconds']['cpu'])
 
 # %% ../nbs/08b_tuned.ipynb #ed594762
@@ -221,15 +245,17 @@ def rebuild_tuned(
     folder:str|Path=None, # of the results; None: of this checkout
     minutes:float=0, # start no new run after this time; 0: no limit
     processes:int=0, # runs at the same time; 0: one for each physical core
+    search:Search=DIGITS, # whose runs they are
 ):
     "Search first, then run the seeds at each row's best, one file for each run, on all cores"
     if unknown := sorted(set(tables) - set(TABLES)):
         raise ParameterError(f"tables={' '.join(unknown)!r}: accepted are {', '.join(TABLES)}")
     begin = time.monotonic()
-    for jobs in (jobs for table in tables for jobs in _rounds([table], seeds, folder)):
+    for jobs in (jobs for table in tables for jobs in _rounds([table], seeds, folder, search)):
         left = minutes and max(1e-9, minutes - (time.monotonic() - begin)/60)
-        jobs = {(row, rate, seed, folder): f'table {row.table}, {row.name}, rate x{rate:g}, '
-                f'seed {seed}' for row, rate, seed in jobs}
+        jobs = {(row, rate, seed, folder, search):
+                f'table {row.table}, {row.name}, rate x{rate:g}, seed {seed}'
+                for row, rate, seed in jobs}
         if run_jobs(_run_and_store, jobs, processes, left): return
 
 # %% ../nbs/08b_tuned.ipynb #7ea4289c
@@ -243,13 +269,14 @@ def tuned_fd(
     row:Row, # of a table of TABLES
     at='best', # 'best', 'second' (the same by the second judge), or one of EPOCHS
     folder:str|Path=None, # of the results; None: of this checkout
+    search:Search=DIGITS, # whose runs they are
 )->dict: # seed -> Frechet distance; empty if the search is not complete
     "The reported distances of a row"
-    point = best_point(searched(row, folder))
+    point = best_point(searched(row, folder, search))
     if not point: return {}
     (rate, average, epoch), found = point, {}
     for seed in FRESH_SEEDS:
-        run = stored_run(row, rate, seed, None, folder)
+        run = stored_run(row, rate, seed, None, folder, search)
         if run and at == 'second': found[seed] = run['judges']['second']['fd']
         elif run: found[seed] = run['reads'][average][str(epoch if at == 'best' else at)]['fd']
     return found
@@ -259,10 +286,11 @@ def read_at(
     table:str, # '3', '5', ..
     at='best', # as in tuned_fd
     folder:str|Path=None, # of the results; None: of this checkout
+    search:Search=DIGITS, # whose runs they are
 )->dict: # Claim -> Verdict; empty for a table that is not searched
     "The verdicts on a table's claims from the tuned runs, as one family"
     if table not in TABLES: return {}
-    def fd(name): return tuned_fd(_searched_row(table, name), at, folder)
+    def fd(name): return tuned_fd(_searched_row(table, name), at, folder, search)
     ratios = [paired_ratios(fd(c.row), fd(c.than)) for c in CLAIMS[table]]
     return {v.claim: v for v in decide(CLAIMS[table], ratios)}
 
@@ -271,9 +299,10 @@ def one_sign(
     table:str, # of TABLES
     claim, # one of its claims
     folder:str|Path=None, # of the results; None: of this checkout
+    search:Search=DIGITS, # whose runs they are
 )->bool: # also True where nothing has been run
     "Whether a difference has the same sign at every stopping time from 8 epochs on"
-    read = [read_at(table, at, folder).get(claim) for at in EPOCHS if at >= 8]
+    read = [read_at(table, at, folder, search).get(claim) for at in EPOCHS if at >= 8]
     signs = {np.mean(v.ratios) > 0 for v in read if v is not None and len(v.ratios)}
     return len(signs) < 2
 

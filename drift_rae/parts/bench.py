@@ -29,7 +29,7 @@ from ..worlds.judge import load_judge
 from ..worlds.latents import LatentStore, latent_store, sort_by_class
 from .step import DistillConfig, config_for
 from ..worlds.vae import VAE, load_vae
-from ..engine.parameters import ParameterError
+from ..engine.parameters import SMALL, ParameterError
 
 # %% ../../nbs/parts/07a_bench.ipynb #7a5a87a1
 SHORT = 'n_class=2 steps=300 lr=(5e-4,5e-6)' # the short protocol; a row's own changes come later
@@ -52,7 +52,7 @@ class Row:
         model:str='tiny', # or a size of ImageNet
     )->DistillConfig:
         "The configuration that this row runs at a scale"
-        counts = [n//2 if model == 'tiny' else n for n in self.counts]
+        counts = [n//2 if model in SMALL else n for n in self.counts]
         counts = dict(zip(('n_pos', 'n_neg', 'n_extra_neg'), counts))
         c = config_for(model, self.preset, **counts)
         return changed(changed(c, self.protocol) if model == 'tiny' else c, self.changes)
@@ -123,6 +123,8 @@ def _real_features(digest):
 
 class Bench:
     "What rows share: latents, teacher, decoder, judge, and the judge's features of real images"
+    classes = 10
+
     def __init__(self,
         teacher:int=0, # seed of the flow teacher
     ):
@@ -144,12 +146,12 @@ class Bench:
 @torch.no_grad()
 def evaluate(self:Bench,
     generate, # noise [N, C, h, w], labels int64 [N] -> latents [N, C, h, w]
-    per_class:int, # images of each digit
+    per_class:int, # images of each class
     noise_seed:int, # of the noises
     more:bool=True, # also accuracy, precision and recall
 )->dict: # fd and others
     "Figures of images from fixed noises"
-    labels = torch.arange(10).repeat_interleave(per_class)
+    labels = torch.arange(self.classes).repeat_interleave(per_class)
     noise = image_noise(labels, self.store.latent_shape, noise_seed)
     pairs = zip(noise.split(250), labels.split(250))
     pooled = torch.cat([self.judge.pooled(self.rae.decode(generate(z, y))) for z, y in pairs])
