@@ -16,7 +16,8 @@ from .from_scratch import (
     CLAIMS as SCRATCH_CLAIMS, ROWS as SCRATCH_ROWS, scratch_recipe)
 from .metrics.verdicts import (
     Claim, chances_text, decide, format_percent, p_text, paired_ratios)
-from .tuned import Judges, made_images, one_sign, read_at, read_text
+from .tuned import made_images, one_sign, read_at, read_text
+from .worlds.second import Judges
 from .parts.generator import OneStepGenerator
 from .parts.bench import Bench, EVALUATION, cached, figures_of, log_ratios
 from .worlds.findings import (
