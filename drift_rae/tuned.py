@@ -6,7 +6,7 @@
 __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGES', 'FRESH_SEEDS', 'FRESH_IMAGES', 'DIGITS',
            'ELSEWHERE', 'TABLES', 'made_latents', 'made_images', 'Search', 'tuned_row', 'run_tuned', 'stored_run',
            'searched', 'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign', 'read_text',
-           'main']
+           'search_table', 'claims_at', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
 import copy, functools, io, time
@@ -19,6 +19,7 @@ import torch
 from .engine.parameters import ParameterError
 from .ablations import CLAIMS, list_parser, rows_of
 from .distill import distill
+from .engine.figures import markdown_table
 from .flow import one_step
 from .parts.bench import Bench, EVALUATION, Row, cached, recipe, shared_bench
 from .parts.workers import run_jobs
@@ -285,6 +286,44 @@ def read_text(
     "A verdict of the tuned runs in a few words"
     if v is None or not len(v.ratios): return 'not run'
     return f'{v.word}: {format_percent(v.ratios)}'
+
+# %% ../nbs/08b_tuned.ipynb #05f70055
+def search_table(
+    caption:str, # text below the table
+    tables=tuple(TABLES), # whose rows are shown
+    search:Search=DIGITS, # whose points they are
+): # a Markdown table
+    "The smallest distance at each rate, each row's best point, and its reported seeds"
+    lines = []
+    for row in {(r.table, r.name): r for t in tables for r in TABLES[t]}.values():
+        points = searched(row, None, search)
+        best, tried = best_point(points), {r for r, *_ in points}
+        cells = [f'{min(v for (r, *_), v in points.items() if r == rate):.3f}'
+                 if rate in tried else '-' for rate in RATES]
+        found = f'x{best[0]:g}, {best[1]}, {best[2]} epochs' if best else 'not complete'
+        seeds = len(tuned_fd(row, 'best', None, search))
+        lines.append([row.table, row.name, *cells, found, seeds])
+    return markdown_table(['table', 'row', *(f'x{r:g}' for r in RATES), 'best', 'fresh seeds'],
+                          lines, caption)
+
+# %% ../nbs/08b_tuned.ipynb #1528d693
+def claims_at(
+    caption:str, # text below the table
+    tables=tuple(TABLES), # whose claims are shown
+    at=('best', 'second', *EPOCHS), # as in tuned_fd
+    search:Search=DIGITS, # whose runs they are
+): # a Markdown table
+    "The verdicts on claims at each row's best and at each stopping time"
+    names = dict(best="at each row's best", second='the same, second judge')
+    lines = []
+    for table in tables:
+        read = [read_at(table, a, None, search) for a in at]
+        for claim in CLAIMS[table]:
+            said = [read_text(v[claim]) for v in read]
+            sign = 'yes' if one_sign(table, claim, None, search) else 'no'
+            lines.append([table, claim, *said, '' if said[0] == 'not run' else sign])
+    header = [names.get(a, f'after {a} epochs') for a in at]
+    return markdown_table(['table', 'claim', *header, 'one sign from 8 epochs on'], lines, caption)
 
 # %% ../nbs/08b_tuned.ipynb #36e9ea67
 def main(
