@@ -25,7 +25,7 @@ from ..own.encode import encode
 from ..own.judge import load_picture_judge, train_picture_judge
 from ..own.layers import PixelEncoder, measure_layers
 from ..own.pictures import Pictures, read_pictures
-from ..own.teach import teach
+from ..own.teach import check_processes, teach
 from ..parts.generator import OneStepGenerator, save_generator
 from ..parts.workers import run_jobs
 from .emoji import emoji
@@ -192,6 +192,7 @@ def world(
         each=number(int, 1, 10**6), decoder_steps=number(int, 1), judge_steps=number(int, 1),
         teach_steps=number(int, 0), steps=number(int, 0), rate=number(float, 0, 1),
         per_class=number(int, 2), nproc=number(int, 0), seed=number(int, 0), resume=RESUME)
+    check_processes('mini', 0, nproc)
     home = Path(check_output(out, folder=True))
     emoji(str(home/'pictures'), packages, each, seed)
     weights = weights or str(lite0_weights(home))
