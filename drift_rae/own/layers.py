@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..engine.parameters import ParameterError
-from ..geometry import participation_ratio, spectral_entropy
+from ..geometry import (
+    nn_distance, participation_ratio, spectral_entropy, spherical_mmd)
 from ..networks.features import FeatureEncoder
 
 # %% ../../nbs/own/10_layers.ipynb #2550b3b8
@@ -99,7 +100,7 @@ def measure_layers(
     train:tuple, # images [N, 3, H, W] in [0, 1], labels int64 [N]
     test:tuple, # the same of pictures that nothing is fitted to
     rotate:bool=True, # False: principal directions as channels, which the normalisation whitens
-)->dict: # tokens, channels, share, probe, nearest, ridge (decibels), pr, se
+)->dict: # tokens, channels, share, probe, nearest, ridge (decibels), pr, se, nn, smmd
     "Fit the directions of an encoder to pictures, and measure its latents"
     if len(train[0]) < 2 or len(train[0]) != len(train[1]):
         raise ParameterError('train: accepted are at least 2 images and as many labels')
@@ -111,4 +112,5 @@ def measure_layers(
                 probe=linear_probe(a, train[1], b, test[1]),
                 nearest=nearest_class(a, train[1], b, test[1]),
                 ridge=ridge_psnr(a, train[0], b, test[0]),
-                pr=float(participation_ratio(z, train[1])), se=float(spectral_entropy(z, train[1])))
+                pr=participation_ratio(z, train[1]), se=spectral_entropy(z, train[1]),
+                nn=nn_distance(a, train[1]), smmd=spherical_mmd(a, train[1]))
