@@ -1,5 +1,7 @@
 "The second world: packages of drawn pictures in the form of the real ones, the whole chain on them, and what ships"
 import base64
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -19,8 +21,10 @@ from drift_rae.second import emoji as drawn
 from drift_rae.second import world as second
 from drift_rae.metrics.distances import within_class_variance
 from drift_rae.own.judge import load_picture_judge, nearest_pixels
-from drift_rae.second import measure
+from drift_rae.second import measure, tables
+from drift_rae.parts.bench import Row
 from drift_rae.parts.generator import OneStepGenerator
+from drift_rae.tuned import SEARCH_SEED, run_tuned, searched, stored_run
 
 
 def drawing(kind, i, hand):
@@ -178,3 +182,27 @@ def test_the_shipped_generator_draws_by_name_in_two_seconds():
     folder = weights_path('emoji/generator').parent
     assert sum(p.stat().st_size for p in folder.iterdir()) < 16e6 and 'CC BY 4.0' in (folder/'ATTRIBUTION.txt').read_text()
     with pytest.raises(ParameterError, match='label .* accepted'): generator.sample('dragon')
+
+
+def test_a_row_of_the_papers_tables_runs_in_the_second_world(made, tmp_path):
+    home, _ = made
+    bench, search = tables.world_bench(str(home)), tables.world_search(home, steps=4, images=(7, 6))
+    assert (bench.classes, bench.store.latent_shape) == (2, (16, 4, 4)) and len(bench.balls) == 90
+    row = Row('3', 'A', (4, 4, 0), 'n_class=2', 'a')
+    run = stored_run(row, 1, SEARCH_SEED, bench, tmp_path, search)
+    assert {a: list(r) for a, r in run['reads'].items()} == {a: ['4', '8', '12', '16'] for a in ('fast', 'slow')}
+    assert run['figures']['n'] == 14 and run['recipe']['weights'] == measure.home_digests(home)
+    assert run['recipe']['steps'] == 4 and run['recipe']['lr'] == [3e-4, 3e-6] and run['judges'] == {}
+    reported = run_tuned(row, 1, 10, bench, 6, ('fast', 8), search)
+    assert reported['judges']['first']['fd'] == pytest.approx(reported['reads']['fast']['8']['fd'], rel=1e-4)
+    assert math.isfinite(reported['judges']['second']['fd'])
+    assert stored_run(row, 1, SEARCH_SEED, None, tmp_path, search) == json.loads(json.dumps(run))
+    assert len(searched(row, tmp_path, search)) == 8
+    other = dataclasses.replace(search, recipe=functools.partial(tables.world_recipe, (('judge', 'another'),)))
+    assert stored_run(row, 1, SEARCH_SEED, None, tmp_path, other) is None
+
+
+def test_the_command_of_the_tables_names_what_it_accepts(capsys):
+    for words, said in ((['--tables', '6', '--home', 'x'], "tables='6': accepted are 3, 5, 7"), ([], '--home')):
+        with pytest.raises(SystemExit) as e: tables.main(words)
+        assert e.value.code == 2 and said in capsys.readouterr().err

@@ -123,17 +123,19 @@ def _real_features(digest):
 
 class Bench:
     "What rows share: latents, teacher, decoder, judge, and the judge's features of real images"
-    classes = 10
-
     def __init__(self,
         teacher:int=0, # seed of the flow teacher
     ):
-        self.judge, self.seed = load_judge(), teacher
+        self.seed = teacher
+        self.judge, real = self.judged()
         self.rae, self.store, self.teacher = self.parts()
-        real = _real_features(weights_digest('judge'))
-        self.statistics = statistics(real)
+        self.classes, self.statistics = self.store.num_classes, statistics(real)
         order = torch.randperm(len(real), generator=stream(0, 'balls'))
         self.balls = real[order[:EVALUATION['balls']]]
+
+    def judged(self)->tuple:
+        "Judge, and its features of the training images [N, D]"
+        return load_judge(), _real_features(weights_digest('judge'))
 
     def parts(self)->tuple:
         "Autoencoder, latents and teacher"
