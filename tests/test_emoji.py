@@ -97,6 +97,9 @@ def test_pictures_by_class_set_and_character(packages, tmp_path, capsys):
     pixels, labels = second.unaltered(tmp_path/'P/train')
     assert labels.bincount().tolist() == [about['classes'][k]['train'] for k in ('bar', 'disc')]
     with pytest.raises(ParameterError, match='another set'): drawn.emoji(str(tmp_path/'P'), str(packages), each=44)
+    (tmp_path/'P/set.json').unlink() # a call that was stopped leaves its pictures
+    with pytest.raises(ParameterError, match='another set'): drawn.emoji(str(tmp_path/'P'), str(packages), 45, seed=1)
+    assert drawn.emoji(str(tmp_path/'P'), str(packages), each=45) == about
     (tmp_path/'P/train/bar/broken_google.png').write_bytes(b'0')
     with pytest.raises(ParameterError, match='1 files cannot be read'): second.unaltered(tmp_path/'P/train')
 
@@ -121,7 +124,7 @@ def made(packages, tmp_path_factory):
                                           channels=16))
     patch.setattr(second, 'CHOICES', ((64, (1, 2), True), (64, (2,), False)))
     patch.setattr(measure, 'GUIDANCE', (1., 2.))
-    patch.setattr(measure, 'STEPS', (1, 2, 50))
+    patch.setattr(measure, 'STEPS', (2, 50))
     rows = second.world(str(place/'home'), str(packages), str(weights), each=45, decoder_steps=2, judge_steps=2,
                         teach_steps=2, steps=1, rate=1e-4, per_class=8, nproc=1)
     yield place/'home', rows
@@ -130,11 +133,32 @@ def made(packages, tmp_path_factory):
 
 def test_the_whole_command_measures_every_row(made):
     home, rows = made
-    assert {'held out', 'reconstructions', 'teacher 50, 1', 'teacher 50, 2', 'student A', 'student C'} < set(rows)
+    assert {'held out', 'reconstructions', 'reconstructions, train', 'teacher 1, 1', 'teacher 50, 1', 'teacher 50, 2',
+            'student A', 'student C'} < set(rows)
+    two = rows['teacher 2, 1' if 'teacher 2, 1' in rows else 'teacher 2, 2'] # the same single step of Euler's method
+    if 'teacher 2, 1' in rows: assert rows['teacher 1, 1']['fd'] == pytest.approx(two['fd'], rel=.01)
     assert all(math.isfinite(v) for r in rows.values() for v in r.values())
     assert rows['student C']['n'] == 16 and rows['held out']['copies'] == 1
     layers = read_json(home/'layers.json')['rows']
     assert [(r['view'], r['layers'], r['rotated']) for r in layers] == [(64, [1, 2], True), (64, [2], False)]
+
+
+def test_what_was_measured_is_not_measured_again(made, monkeypatch):
+    home, rows = made
+    def never(*args, **options): raise AssertionError('measured again')
+    monkeypatch.setattr(measure.World, 'generated', never)
+    of = dict(generator=str(home/'students/c_0.0001_0'), per_class=8, seed=1)
+    assert measure.measured_rows(home, {'student C': of}) == {'student C': rows['student C']}
+    with pytest.raises(AssertionError, match='again'): measure.measured_rows(home, {'student C': dict(of, seed=3)})
+
+
+def test_a_command_that_was_not_begun_is_not_continued(packages, tmp_path, made):
+    weights = made[0].parent/'encoder.safetensors'
+    with pytest.raises(ParameterError, match='nothing was begun in .*none'):
+        second.world(str(tmp_path/'none'), str(packages), str(weights), resume='must')
+    with pytest.raises(ParameterError, match='sha256'): # before the pictures are made
+        second.world(str(tmp_path/'none'), str(packages), str(next(packages.glob('*google*'))))
+    assert not (tmp_path/'none').exists()
 
 
 def test_generators_measured_side_by_side_have_the_same_metrics(made):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODE_RULES', 'DECODER_STEPS', 'RELEASED_NAMES', 'IMAGES', 'COLOURED', 'default_size', 'make_autoencoder',
-           'autoencoder_of', 'encode', 'coloured_digits']
+           'autoencoder_of', 'begun', 'encode', 'coloured_digits']
 
 # %% ../../nbs/own/04_encode.ipynb #81170b82
 from pathlib import Path
@@ -104,6 +104,7 @@ def make_autoencoder(
 )->tuple: # RAE, PSNR in decibels of held-out pictures, pictures of each class
     "Read the pictures, train what is missing, and report the reconstructions"
     rae, network = None, prepare_encoder(o)
+    unseen = _apart(o, folder.size) if o['apart'] else None
     if kind_of(o['encoder']) == 'rae': rae, _ = _released(o['encoder'], folder.size)
     pixels, labels, errors = read_pictures(folder, 2**29, o['workers'], o['seed'])
     counts, kept = check_pictures(folder, labels, errors), held_out(len(pixels), o['seed'])
@@ -111,7 +112,7 @@ def make_autoencoder(
     if rae is None:
         rae = _trained(o, network, pixels[~kept], labels[~kept], out, folder.describe())
     rae = rae.to(launch.device())
-    unseen = _apart(o, folder.size) if o['apart'] else pixels[kept]
+    if unseen is None: unseen = pixels[kept]
     decibels = psnr(rae, unseen)
     reconstruction_sheet(rae, unseen, out/'reconstructions.png')
     print(f'reconstructions of {len(unseen)} held-out pictures: PSNR {decibels:.1f} dB\n'
@@ -141,6 +142,16 @@ def autoencoder_of(
     raise ParameterError(f'{file}: autoencoder={shown(name)}; accepted are '
                          f"{', '.join(RELEASED_NAMES)}, or 'autoencoder', a folder beside it; give "
                          'another one with autoencoder=NAME')
+
+# %% ../../nbs/own/04_encode.ipynb #2f2be867
+def begun(
+    folder:str|Path, # of a command of several steps
+    resume:str, # auto, never or must
+)->str: # for the steps: one that was not reached has nothing to continue
+    "`resume` of the steps; `ParameterError` for 'must' if the command was not begun"
+    if resume == 'must' and not Path(folder).is_dir():
+        raise ParameterError(f'resume=must: nothing was begun in {folder}')
+    return 'auto' if resume == 'must' else resume
 
 # %% ../../nbs/own/04_encode.ipynb #92639174
 IMAGES = Param('folder with one folder of pictures for each class', str, opt=False, nargs='?')
@@ -176,8 +187,7 @@ def encode(
     made_of = {k: v for k, v in options.items() if k not in
                ('images', 'dataset', 'root', 'out', 'workers', 'resume')}
     run = RunFolder(out, dict(options=made_of, images=folder.describe()))
-    if resume == 'must' and not out.is_dir():
-        raise ParameterError(f'resume=must: nothing was begun in {out}')
+    resume = begun(out, resume)
     if is_finished(run, resume): return run.done()['metrics']
     if resume == 'never': _remove_store(out)
     rae, decibels, counts = make_autoencoder(options, folder, out)

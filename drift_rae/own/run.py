@@ -21,7 +21,7 @@ from ..evaluate import evaluate_images, load_reference
 from ..metrics.extractors import Extractor
 from ..metrics.images import TensorImages
 from .distill import distill
-from .encode import IMAGES, _source, autoencoder_of, encode
+from .encode import IMAGES, _source, autoencoder_of, begun, encode
 from .pictures import Pictures, read_pictures
 from .teach import check_processes, teach
 from ..parts.recipe import check_world, config_for
@@ -120,6 +120,7 @@ def run(
     if images and nproc: _check_classes(Path(images).expanduser(), model, nproc)
     begin, out = time.perf_counter(), Path(out)
     latents, teacher = str(out/'latents'), str(out/'teacher')
+    resume = begun(latents, resume)
     print('1 of 4: encode', flush=True)
     made = encode(images, encoder, latents, size, layers, channels, patch, weights,
                   networks, encoder_steps, decoder_steps, flip, dataset, root, workers, grid,

@@ -10,8 +10,8 @@ __all__ = ['HANDS', 'VERSION', 'LEAST', 'SPLITS', 'NOT_MIRRORED', 'package_addre
 # %% ../../nbs/second/01_emoji.ipynb #9fab4080
 import base64, hashlib, io, json, os, tarfile
 from collections import defaultdict
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 import torch
 from PIL import Image
@@ -72,7 +72,7 @@ def fetch_package(
     address = package_address(hand)
     try:
         with urlopen(address, timeout=120) as f: data = f.read()
-    except (URLError, OSError) as e:
+    except (OSError, ValueError, HTTPException) as e: # URLError is an OSError
         raise ParameterError(f'{address} cannot be fetched ({e}); fetch it in another way, such as '
                              f'npm pack, and give packages=FOLDER') from e
     return check_package(data, hand, address)
@@ -245,8 +245,10 @@ def emoji(
     out = Path(check_output(out, folder=True))
     made_of = dict(version=VERSION, digests={h: HANDS[h][0] for h in HANDS}, each=each, seed=seed,
                    least=LEAST, shares=SPLITS)
-    if (out/'set.json').is_file() and _same(out, made_of): return read_json(out/'set.json')
+    if _same(out/'set.json', made_of): return read_json(out/'set.json')
+    _same(out/'begun.json', made_of)
     read = {h: read_package(fetch_package(h, packages), h) for h in HANDS}
+    write_json(out/'begun.json', dict(made_of=made_of)) # a part of another set may not stay
     counts = write_set(originals(read, seed=seed), out, each, seed)
     art = '\n'.join(f'{h}: {HANDS[h][1]}' for h in HANDS)
     said = 'Pictures by two hands, in part turned, moved, recoloured or mirrored.'
@@ -258,10 +260,11 @@ def emoji(
     return about
 
 # %% ../../nbs/second/01_emoji.ipynb #bd3eaacb
-def _same(out, made_of):
-    "Whether a finished set was made of the same; `ParameterError` if it was not"
-    if read_json(out/'set.json').get('made_of') == made_of: return True
-    raise ParameterError(f'{out} holds another set of pictures; choose another folder')
+def _same(file, made_of):
+    "Whether a file says that its folder was made of the same; `ParameterError` for another set"
+    if not file.is_file(): return False
+    if read_json(file).get('made_of') == made_of: return True
+    raise ParameterError(f'{file.parent} holds another set of pictures; choose another folder')
 
 # %% ../../nbs/second/01_emoji.ipynb #e81990ec
 if __name__ == '__main__' and '__file__' in globals(): run_command(emoji)

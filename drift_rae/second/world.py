@@ -21,7 +21,7 @@ from ..flow import load_teacher, save_teacher
 from ..networks.features import FeatureEncoder
 from ..networks.hub import check_sha256
 from ..own.distill import distill
-from ..own.encode import encode
+from ..own.encode import begun, encode
 from ..own.judge import load_picture_judge, train_picture_judge
 from ..own.layers import PixelEncoder, measure_layers
 from ..own.pictures import Pictures, read_pictures
@@ -92,9 +92,9 @@ def compare_layers(
     weights:str|Path, # file with the encoder's weights
     choices:tuple=CHOICES, # what is compared
 )->list: # one dict of measure_layers for each choice; kept in layers.json
-    "Measure choices of layers on the unaltered drawings, or read what was measured"
-    path = Path(home)/'layers.json'
-    if path.is_file(): return read_json(path)['rows']
+    "Measure choices of layers on the unaltered drawings, or read what was measured of the same"
+    path, made_of = Path(home)/'layers.json', json.loads(json.dumps(choices))
+    if path.is_file() and read_json(path).get('choices') == made_of: return read_json(path)['rows']
     sets = [unaltered(Path(home)/'pictures'/name) for name in ('train', 'held_out')]
     train, test = ((x.float()/255, y) for x, y in sets)
     rows, progress = [], Progress(len(choices), 'layers')
@@ -102,7 +102,7 @@ def compare_layers(
         found = measure_layers(_choice(view, layers, weights), train, test, turned)
         rows.append(dict(view=view, layers=list(layers), **found))
         progress(i)
-    write_json(path, dict(rows=rows))
+    write_json(path, dict(choices=made_of, rows=rows))
     return rows
 
 # %% ../../nbs/second/03_world.ipynb #b4567a3d
@@ -114,7 +114,7 @@ def _judge(home, name, steps, seed, resume='auto'):
     pixels, labels, _ = read_pictures(folder)
     return train_picture_judge(
         pixels, labels, Path(home)/name, steps=steps, seed=seed + list(JUDGES).index(name),
-        about=folder.describe(), layers=JUDGES[name], resume='auto' if resume == 'must' else resume)
+        about=folder.describe(), layers=JUDGES[name], resume=resume)
 
 # %% ../../nbs/second/03_world.ipynb #61867fe3
 def _part(job):
@@ -164,10 +164,11 @@ def tune_students(
     rates:tuple=RATES, # learning rates
     resume:str='auto', # auto, never or must
     processes:int=1, # trained at the same time; 0: one for each physical core
+    seed:int=1, # of the students; not that of the reported ones
 )->dict: # preset -> its best rate; everything is in tuning.json
     "The best learning rate of A and of C on a seed that is not reported"
     wanted = {f'{p} {r:g}': (p, r) for p in ('a', 'c') for r in rates}
-    folders = _students(home, wanted, steps, 1, resume, processes)
+    folders = _students(home, wanted, steps, seed, resume, processes)
     rows = {n: dict(generator=str(f), per_class=per_class, seed=2) for n, f in folders.items()}
     found = measured_rows(home, rows, processes)
     write_json(Path(home)/'tuning.json', found)
@@ -186,7 +187,7 @@ def world(
     rate:float=0., # learning rate of both students; 0: the best of three, on another seed
     per_class:int=40, # generated pictures of a class, for each row of the results
     nproc:int=0, # processes; 0: one for each core, or one where there is a GPU
-    seed:int=0, # of everything random
+    seed:int=0, # of everything random but the noises of the metrics
     resume:str='auto', # auto: continue; never: start over; must: refuse to start over
 )->dict: # what was measured, by row
     "Rebuild and measure the second world: emoji in the features of an ImageNet encoder"
@@ -195,16 +196,17 @@ def world(
         teach_steps=number(int, 0), steps=number(int, 0), rate=number(float, 0, 1),
         per_class=number(int, 2), nproc=number(int, 0), seed=number(int, 0), resume=RESUME)
     check_processes('mini', 0, nproc)
-    home = Path(check_output(out, folder=True))
+    home, processes = Path(check_output(out, folder=True)), nproc or int(torch.cuda.is_available())
+    if weights: check_sha256(weights, LITE0_SHA256)
+    resume = begun(home, resume)
     emoji(str(home/'pictures'), packages, each, seed)
     weights = weights or str(lite0_weights(home))
-    check_sha256(weights, LITE0_SHA256)
-    processes = nproc or int(torch.cuda.is_available())
     _first_parts(home, weights, decoder_steps, judge_steps, seed, resume, processes)
     teach(str(home/'latents'), str(home/'teacher'), 'mini', teach_steps, nproc=nproc, seed=seed,
           resume=resume)
+    (home/'tuning.json').unlink(missing_ok=True) # of a call without this rate
     rates = dict(a=rate, c=rate) if rate else tune_students(
-        home, steps, per_class, resume=resume, processes=processes)
+        home, steps, per_class, resume=resume, processes=processes, seed=seed + 1)
     wanted = {p.upper(): (p, r) for p, r in rates.items()}
     students = _students(home, wanted, steps, seed, resume, processes)
     rows = measure_world(home, students, per_class, processes=processes)
