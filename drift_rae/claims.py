@@ -66,15 +66,16 @@ def _teacher_figures(bench, evaluations, seed):
         evaluation=EVALUATION, evaluations=evaluations)
 
 # %% ../nbs/11_claims.ipynb #ac9d4546
+def _by_seed(use, row):
+    "Figures of a row of the tables: seed -> figures"
+    columns = {k: figures_of(use, row, k) for k in ('fd', 'precision', 'recall')}
+    return {s: {k: columns[k][s] for k in columns} for s in columns['fd']}
+
 def _student_and_teacher(use, seeds=5):
     "Figures of C and of the teacher's 49 evaluations, each seed -> figures"
     what = recipe_of('teacher, 50', 'RAE')
     full = {s: cached('trajectories', 'teacher, 50 RAE', s, what) for s in range(seeds)}
-    full = {s: d['figures'] for s, d in full.items() if d}
-    row, names = rows_of('3')['C'], ('fd', 'precision', 'recall')
-    columns = {k: figures_of(use, row, k) for k in names}
-    student = {s: {k: columns[k][s] for k in names} for s in columns['fd']}
-    return student, full
+    return _by_seed(use, rows_of('3')['C']), {s: d['figures'] for s, d in full.items() if d}
 
 # %% ../nbs/11_claims.ipynb #65011dcb
 def _compared(a, b, k):
@@ -99,8 +100,20 @@ def _teacher_verdicts(student, full, short):
     said = ('worse', 'worse', 'equal', 'worse')
     return decide([Claim('student', s, 'teacher') for s in said], d)
 
+# %% ../nbs/11_claims.ipynb #85e46fa1
+def _after_short_steps(use, full):
+    "The verdicts for C after 600 steps of the short protocol; none on the best number"
+    fd, _, *others = _teacher_verdicts(_by_seed(use, rows_of('steps')['600']), full, full)
+    return [fd, None, *others]
+
 # %% ../nbs/11_claims.ipynb #7b545faf
 def _mean(x, k): return np.mean([d[k] for d in x.values()])
+
+# %% ../nbs/11_claims.ipynb #cd5f6f3a
+def _numbers(v, ratio):
+    "Adjusted p-values of a verdict, and its chances if the paper's ratio of values were true"
+    if len(v.ratios) < 2: return {}
+    return dict(p=f'{p_text(v.holds)} / {p_text(v.fails)}', power=chances_text(v, np.log(ratio)))
 
 # %% ../nbs/11_claims.ipynb #511928fc
 def teacher_findings(
@@ -111,12 +124,16 @@ def teacher_findings(
     "Table 4: student and teacher"
     student, full = _student_and_teacher(use)
     rows, found = _teacher_rows(full, at_best, best), []
-    for row, v in zip(rows, _teacher_verdicts(student, full, at_best)):
-        claim, paper, other, k, reads = row
-        ratios = -v.ratios if k == 'recall' else v.ratios
-        here = f'{_mean(other, k):.3f} / {_mean(student, k):.3f}; {format_percent(ratios)}'
-        found.append(Finding('Table 4', claim, paper, here, v.word,
-            '07_evaluate.ipynb#how-many-steps-is-the-student-worth', reads))
+    papers = (1.77/1.13, 1.77/1.13, 1, .67/.63) # of what the verdict compares
+    verdicts = zip(_teacher_verdicts(student, full, at_best), _after_short_steps(use, full))
+    for (claim, paper, other, k, reads), ratio, (v, short) in zip(rows, papers, verdicts):
+        def text(x): return format_percent(-x.ratios if k == 'recall' else x.ratios)
+        here = f'{_mean(other, k):.3f} / {_mean(student, k):.3f}; {text(v)}'
+        if short: reads += f'; after 600 steps of the short protocol: {text(short)}'
+        opposite = short and {v.word, short.word} == {'reproduced', 'not reproduced'}
+        found.append(Finding(
+            'Table 4', claim, paper, here, 'depends on length and rate' if opposite else v.word,
+            '07_evaluate.ipynb#how-many-steps-is-the-student-worth', reads, **_numbers(v, ratio)))
     return found
 
 # %% ../nbs/11_claims.ipynb #e2bc8af6
@@ -146,24 +163,21 @@ def two_judges(
 def second_opinion(
     findings:list, # of teacher_findings
     best:int, # evaluations at which the teacher is best, of teacher_at_best
-)->list: # the same; the first two, on distances, with what the second judge says
+)->list: # the same, with what the second judge says
     "Where the second judge has the opposite sign, a verdict depends on the judge"
     kept, found = two_judges(best), list(findings)
     if not kept: return found
-    def logs(name, judge): return np.log([d[judge]['fd'] for d in kept[name]])
-    for i, name in enumerate(('teacher, 49', f'teacher, {best}')):
-        one, two = (logs('student', j) - logs(name, j) for j in ('first', 'second'))
+    figure = dict(fd=lambda f: f['fd'], precision=lambda f: f['k3'][0], recall=lambda f: f['k3'][1])
+    def logs(name, judge, k): return np.log([figure[k](d[judge]) for d in kept[name]])
+    rows = (('teacher, 49', 'fd'), (f'teacher, {best}', 'fd'), ('teacher, 49', 'precision'),
+            ('teacher, 49', 'recall'))
+    for i, (name, k) in enumerate(rows):
+        one, two = (logs('student', j, k) - logs(name, j, k) for j in ('first', 'second'))
         reads = f'{found[i].reads}; the second judge: {format_percent(two)}'
         opposite = one.mean()*two.mean() < 0 and found[i].word in ('reproduced', 'not reproduced')
         word = 'depends on the judge' if opposite else found[i].word
         found[i] = replace(found[i], word=word, reads=reads)
     return found
-
-# %% ../nbs/11_claims.ipynb #cd5f6f3a
-def _numbers(v, ratio):
-    "Adjusted p-values of a verdict, and its chances if the paper's ratio of values were true"
-    if len(v.ratios) < 2: return {}
-    return dict(p=f'{p_text(v.holds)} / {p_text(v.fails)}', power=chances_text(v, np.log(ratio)))
 
 # %% ../nbs/11_claims.ipynb #ba330815
 def _table(where, claims, values, ratios, link, reads=None):

@@ -127,8 +127,7 @@ def run_tuned(
     config = tuned_row(row, rate, search).config(search.model)
     noise_seed = EVALUATION['noise_seed'] + seed
     slow, begin = copy.deepcopy(bench.teacher), time.process_time()
-    callback, reads, judged, spent = _reader(bench, slow, noise_seed, per_class, best,
-                                             search)
+    callback, reads, judged, spent = _reader(bench, slow, noise_seed, per_class, best, search)
     with redirect_stdout(io.StringIO()):
         _, log = distill(bench.teacher, bench.store, config, seed=seed, callback=callback,
                          also={slow: AVERAGES['slow']})
@@ -210,8 +209,9 @@ def _rounds(tables, seeds, folder, search=DIGITS):
         if any(rate for _, rate in rates):
             yield [(row, rate, SEARCH_SEED) for row, rate in rates if rate]
     best = {row: best_point(searched(row, folder, search))[0] for row in rows}
-    at_best = [(row, best[row], seed) for seed in seeds for row in rows]
-    yield [job for job in at_best if not stored_run(*job, None, folder, search)]
+    for rate_of in (best, dict.fromkeys(rows, 1)): # each row's best, then the common setting
+        jobs = [(row, rate_of[row], seed) for seed in seeds for row in rows]
+        yield [job for job in jobs if not stored_run(*job, None, folder, search)]
 
 # %% ../nbs/08b_tuned.ipynb #7385c847
 def _run_and_store(job):
@@ -229,7 +229,7 @@ def rebuild_tuned(
     processes:int=0, # runs at the same time; 0: one for each physical core
     search:Search=DIGITS, # whose runs they are
 ):
-    "Search first, then run the seeds at each row's best, one file for each run, on all cores"
+    "Search, then run the seeds at each row's best and at rate x1: a file for each run, all cores"
     if unknown := sorted(set(tables) - set(TABLES)):
         raise ParameterError(f"tables={' '.join(unknown)!r}: accepted are {', '.join(TABLES)}")
     begin = time.monotonic()

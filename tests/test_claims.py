@@ -13,7 +13,8 @@ from drift_rae.worlds.findings import Finding, condition, direction
 
 NBS = Path(__file__).parents[1]/'nbs'
 WORDS = {'reproduced', 'not reproduced', 'undecided at this scale', 'too few seeds', 'withdrawn', 'not run',
-         'reproduced at one setting', 'not reproduced at one setting', 'depends on length and rate', 'depends on the judge', NO_POWER,
+         'reproduced at one setting', 'not reproduced at one setting', 'depends on length and rate', 'depends on the judge',
+         'depends on the posterior', NO_POWER,
          'holds', 'fails', 'holds under a condition'}
 
 

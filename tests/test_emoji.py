@@ -27,10 +27,10 @@ from drift_rae.parts.generator import OneStepGenerator
 from drift_rae.tuned import SEARCH_SEED, run_tuned, searched, stored_run
 
 
-def drawing(kind, i, hand):
+def drawing(kind, i, design):
     "PNG of a disc or a bar; no two are equal"
     picture = Image.new('RGBA', (64, 64))
-    pen, colour = ImageDraw.Draw(picture), (5*i % 200, 250 - 4*i, 90 if hand == 'google' else 160, 255)
+    pen, colour = ImageDraw.Draw(picture), (5*i % 200, 250 - 4*i, 90 if design == 'google' else 160, 255)
     box = [8 + i % 9, 12, 40 + i % 9, 44] if kind == 'disc' else [8 + i % 40, 5, 17 + i % 40, 58]
     (pen.ellipse if kind == 'disc' else pen.rectangle)(box, fill=colour)
     out = io.BytesIO()
@@ -38,7 +38,7 @@ def drawing(kind, i, hand):
     return out.getvalue()
 
 
-def package(hand, characters=32):
+def package(design, characters=32):
     "An archive with two classes, one subcategory that is too small, and one variant"
     data, listed = io.BytesIO(), []
     with tarfile.open(fileobj=data, mode='w:gz') as archive:
@@ -50,7 +50,7 @@ def package(hand, characters=32):
             for i in range(n):
                 code = f'{kind[0]}{i:03d}'.upper()
                 listed.append(dict(unified=code, image=f'{code}.png', name=code, category='drawn', subcategory=kind))
-                add(f'img/{hand}/64/{code}.png', drawing(kind, i, hand))
+                add(f'img/{design}/64/{code}.png', drawing(kind, i, design))
         listed.append(dict(listed[0], unified='D000-200D-2640'))
         add('emoji.json', json.dumps(listed).encode())
     return data.getvalue()
@@ -59,13 +59,13 @@ def package(hand, characters=32):
 @pytest.fixture(scope='module')
 def packages(tmp_path_factory):
     "A folder with two packages; their digests are put where those of the real ones are"
-    place, real = tmp_path_factory.mktemp('packages'), dict(drawn.HANDS)
-    for hand in real:
-        data = package(hand)
-        (place/f'emoji-datasource-{hand}-{drawn.VERSION}.tgz').write_bytes(data)
-        drawn.HANDS[hand] = (base64.b64encode(hashlib.sha512(data).digest()).decode(), 'drawn by a test')
+    place, real = tmp_path_factory.mktemp('packages'), dict(drawn.DESIGNS)
+    for design in real:
+        data = package(design)
+        (place/f'emoji-datasource-{design}-{drawn.VERSION}.tgz').write_bytes(data)
+        drawn.DESIGNS[design] = (base64.b64encode(hashlib.sha512(data).digest()).decode(), 'drawn by a test')
     yield place
-    drawn.HANDS.update(real)
+    drawn.DESIGNS.update(real)
 
 
 def test_the_rule_unites_small_subcategories_and_leaves_out_smaller_ones():

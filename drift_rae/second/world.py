@@ -7,7 +7,7 @@ __all__ = ['LITE0', 'LITE0_SHA256', 'ENCODER', 'CHOICES', 'JUDGES', 'RATES', 'li
            'tune_students', 'world', 'publish']
 
 # %% ../../nbs/second/03_world.ipynb #46da0a09
-import json, subprocess, sys, tempfile, zipfile
+import json, subprocess, sys, tempfile, time, zipfile
 from pathlib import Path
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from ..own.layers import PixelEncoder, measure_layers
 from ..own.pictures import Pictures, read_pictures
 from ..own.teach import check_processes, teach
 from ..parts.generator import OneStepGenerator, save_generator
-from ..parts.workers import run_jobs
+from ..parts.workers import physical_cores, run_jobs
 from .emoji import emoji
 from .measure import home_digests, measure_world, measured_rows, shared_world
 
@@ -196,6 +196,7 @@ def world(
         teach_steps=number(int, 0), steps=number(int, 0), rate=number(float, 0, 1),
         per_class=number(int, 2), nproc=number(int, 0), seed=number(int, 0), resume=RESUME)
     check_processes('mini', 0, nproc)
+    begin = time.monotonic()
     home, processes = Path(check_output(out, folder=True)), nproc or int(torch.cuda.is_available())
     if weights: check_sha256(weights, LITE0_SHA256)
     resume = begun(home, resume)
@@ -210,7 +211,8 @@ def world(
     wanted = {p.upper(): (p, r) for p, r in rates.items()}
     students = _students(home, wanted, steps, seed, resume, processes)
     rows = measure_world(home, students, per_class, processes=processes)
-    write_json(home/'results.json', dict(rows=rows, rates=rates))
+    call = dict(seconds=round(time.monotonic() - begin), processes=processes or physical_cores())
+    write_json(home/'results.json', dict(rows=rows, rates=rates, call=call))
     return rows
 
 # %% ../../nbs/second/03_world.ipynb #d00b25c7
@@ -258,7 +260,7 @@ def _numbers_of(home, student):
                 classes=read('pictures/set.json')['classes'],
                 psnr=decoded['metrics']['psnr'], steps=steps, tuning=tuning,
                 monitor=json.loads(monitor.read_text()) if monitor.is_file() else [],
-                versions=about['versions'], **{k: measured[k] for k in ('rows', 'rates')})
+                versions=about['versions'], **{k: measured[k] for k in ('rows', 'rates', 'call')})
 
 # %% ../../nbs/second/03_world.ipynb #524a8e13
 def publish(

@@ -218,7 +218,8 @@ def geometry_findings(
         other = _geometry_word(found, k, 'mean', rae > vae)[1]
         here = ' / '.join(f"{found[s]['table'][k][0]:.4f}" for s in ('RAE', 'sampled'))
         here += f', difference [{low:.4f}, {high:.4f}]'
-        out.append(Finding(where, claim, f'{rae} / {vae}', here, word,
+        out.append(Finding(where, claim, f'{rae} / {vae}', here,
+            word if word == other else 'depends on the posterior',
             'worlds/03a_measure.ipynb#the-two-spaces',
             f"against samples of the VAE's posterior; against its mean: {other}"))
     return [*out, _curvature_finding(curves['RAE'], curves['VAE'])]
