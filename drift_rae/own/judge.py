@@ -77,8 +77,10 @@ class PictureJudge(nn.Module):
         self.register_buffer('scale', torch.ones(()))
 
     def pooled(self, images:Tensor)->Tensor:
-        "Features [N, D] before the scale, of images [N, 3, H, W] in [0, 1], else ParameterError"
-        return self.body(check_tensor(images, 'N 3 H W', 'images') - .5).mean((2, 3))
+        "Features [N, D] before the scale, of images [N, 3, H, W] in [0, 1]; else ParameterError"
+        if min(check_tensor(images, 'N 3 H W', 'images').shape[2:]) < 16: raise ParameterError(
+            f'images of shape {list(images.shape)}: accepted are 16 pixels or more on each side')
+        return self.body(images - .5).mean((2, 3))
 
     def features(self, images:Tensor)->Tensor:
         "Features [N, D] of images [N, 3, H, W] in [0, 1]"
@@ -87,6 +89,13 @@ class PictureJudge(nn.Module):
     def forward(self, images:Tensor)->Tensor:
         "Class scores [N, classes] of images [N, 3, H, W] in [0, 1]"
         return self.head(F.dropout(self.pooled(images), .3, self.training))
+
+# %% ../../nbs/own/09_judge.ipynb #584fb648
+def _check_bytes(pixels, least):
+    "A clear message for pictures that are not uint8 [N, 3, H, W] with sides of `least` or more"
+    if min(check_tensor(pixels, 'N 3 H W', 'pixels', 'uint8').shape[2:]) < least:
+        raise ParameterError(f'pixels of shape {list(pixels.shape)}: accepted are {least} pixels '
+                             'or more on each side')
 
 # %% ../../nbs/own/09_judge.ipynb #a645d0ab
 def train_picture_judge(
@@ -102,6 +111,7 @@ def train_picture_judge(
 )->PictureJudge: # frozen
     "The judge, trained by cross-entropy or, if the folder holds it finished, read"
     check_whole(1, steps=steps, batch=batch)
+    _check_bytes(pixels, 16)
     if len(pixels) != len(labels) or not len(labels):
         raise ParameterError(f'{len(pixels)} pictures and {len(labels)} labels: accepted is one '
                              'label for each picture, and at least one picture')
@@ -172,6 +182,7 @@ def nearest_pixels(
     train:Tensor, # uint8 [M, 3, H, W]
 )->float: # median over the pictures, in [0, 1] per pixel
     "Root mean square distance to the nearest training picture, at a quarter of the size"
+    for x in (pixels, train): _check_bytes(x, 4)
     def small(x): return torch.nn.functional.avg_pool2d(x.float()/255, 4).flatten(1)
     a, b = small(pixels), small(train)
     nearest = torch.cat([torch.cdist(x, b).min(1).values for x in a.split(256)])

@@ -25,7 +25,10 @@ class PixelEncoder(nn.Module):
         self.grid, self.dim = grid, channels
 
     def joined(self, images:Tensor)->Tensor: # [N, 3, H, W] -> [N, C, grid, grid]
-        "The pixels of each patch as channels"
+        "The pixels of each patch as channels; ParameterError if the sides are no multiple of grid"
+        if images.shape[-1] % self.grid or images.shape[-2] != images.shape[-1]:
+            raise ParameterError(f'images of shape {list(images.shape)}: accepted are squares with '
+                                 f'a side that {self.grid} divides')
         return F.pixel_unshuffle(images, images.shape[-1]//self.grid)
 
     def fit_directions(self, images:Tensor)->float: # share of the variance that is kept
@@ -104,6 +107,8 @@ def measure_layers(
     "Fit the directions of an encoder to pictures, and measure its latents"
     if len(train[0]) < 2 or len(train[0]) != len(train[1]):
         raise ParameterError('train: accepted are at least 2 images and as many labels')
+    if len(train[1].unique()) < 2: raise ParameterError('train: accepted are 2 classes or more')
+    if not len(test[0]): raise ParameterError('test: accepted is at least 1 image')
     share = encoder.fit_directions(train[0])
     if rotate: encoder.rotate()
     z, t = normalised(encoder, train[0], test[0])

@@ -208,6 +208,7 @@ def write_class(
     seed:int=0, # of the alterations
 ):
     "Write the pictures of a class in a set, and altered copies until there are `each` files"
+    if not pictures: raise ParameterError('pictures: a class needs at least one in each set')
     for i in range(max(each, len(pictures))):
         p, k = pictures[i % len(pictures)], i//len(pictures)
         g = stream(seed, 'alter', p['code'], p['design'], k)
