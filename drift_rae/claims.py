@@ -236,7 +236,10 @@ def _tuned(finding, epochs):
     second = read_at(table, 'second').get(claim)
     reads = finding.reads if second is None or not len(second.ratios) else (
         f"{finding.reads}; second judge at each row's best: {format_percent(second.ratios)}")
-    if not stable: reads += '; at each row\'s best rate the sign changes with the stopping time'
+    said = {v.word for v in (read_at(table, 'best').get(claim), second) if v is not None}
+    if said == {'reproduced', 'not reproduced'} and not word.startswith('depends'):
+        word = 'depends on the judge'
+    if not stable: reads += '; between readings of the rows, each at its own rate, the sign changes'
     return replace(finding, best=best, epochs=epochs, word=word, reads=reads)
 
 # %% ../nbs/11_claims.ipynb #1ca3e1ff
