@@ -231,8 +231,8 @@ def best_findings()->list: # of Finding; empty until all students are stored
         found.append(Finding('Table 4', f'the teacher with a chosen average is ahead ({way})',
             '1.13 / 1.77', format_percent(d['first'][k]), _joint_word([one.word, two.word]),
             '11c_best.ipynb#three-teachers-and-their-students',
-            f'decay {decay:g}; over three teachers; p and chances of both judges; the second judge: '
-            f'{format_percent(d["second"][k])}',
+            f'decay {decay:g}; over three teachers; p and chances of both judges; '
+            f'the second judge: {format_percent(d["second"][k])}',
             p='; '.join(f'{p_text(v.holds)} / {p_text(v.fails)}' for v in (one, two)),
             power='; '.join(chances_text(v, np.log(1.77/1.13)) for v in (one, two))))
     return found

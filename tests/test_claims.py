@@ -47,7 +47,7 @@ def test_verdicts_are_those_of_the_chapter(name, findings):
             assert any((f.claim, f.word) == (claim, word) for claim, _, word in shown), f
         else:
             said, = {word for claim, d, word in shown if (claim, d) == (f.claim, difference)}
-            assert f.word in (said, f'{said} at one setting', 'depends on length and rate'), f
+            assert f.word in (said, f'{said} at one setting', 'depends on length and rate', 'depends on the judge'), f
             assert f.p and f.power and f.best and f.epochs, f
 
 
@@ -66,7 +66,8 @@ def test_the_geometry_has_the_words_of_its_chapters(found):
     shown = {r[0]: r[1:] for r in rows if len(r) == 3 and r[1] in said}
     for f in (f for f in found if f.where in ('Table 1', 'Table 2')):
         sampled, mean = shown[f.claim.split()[-1]]
-        assert (f.word, f.reads.split(': ')[1]) == (said[sampled], said[mean]), f
+        word = said[sampled] if sampled == mean else 'depends on the posterior'
+        assert (f.word, f.reads.split(': ')[1]) == (word, said[mean]), f
     figure, = (f for f in found if f.where == 'Figure 1')
     assert figure.here.split()[1] in tables('worlds/05e_curvature.ipynb')
 
