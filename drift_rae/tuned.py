@@ -11,7 +11,7 @@ __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGE
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
 import copy, functools, io, time
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 import numpy as np
@@ -70,10 +70,10 @@ class Search:
     steps:int=LENGTH # of every run
     rate:float=1.25e-4 # the learning rate that RATES multiplies
     images:tuple=(SEARCH_IMAGES, FRESH_IMAGES) # of a class: in the search, in what is reported
-    bench:Callable=shared_bench # makes the bench of a process
-    recipe:Callable=recipe # (configuration, teacher, evaluation) -> what a run depends on
-    judges:Callable|None=Judges # further judges of what is reported; None: no others
-    elsewhere:tuple=ELSEWHERE # (a row, the same row of another table), each as (table, name)
+    bench:Callable=field(default=shared_bench, repr=False) # makes the bench of a process
+    recipe:Callable=field(default=recipe, repr=False) # as `recipe`: all that a run depends on
+    judges:Callable|None=field(default=Judges, repr=False) # of what is reported, besides; or None
+    elsewhere:tuple=field(default=ELSEWHERE, repr=False) # pairs of equal rows, (table, name)
 
 DIGITS = Search()
 

@@ -34,6 +34,7 @@ CHECKS = dict(
     markdown='raw Markdown in a signature', emphasis='a stray asterisk or backtick', script='a sub- or superscript gone wrong',
     math='a formula that is not rendered', heading='a heading level skipped', alt='an image without alt text',
     caption='a figure without caption', label='a figure label missing or used twice', link='a link or anchor to nowhere',
+    address='an address in memory',
     stem='a chapter named without a link', reference='an unresolved @reference or citation',
     wide='a line over 100 characters', size='a page over 2 MB', api='an entry of the API reference is missing or empty',
     param='a parameter of a function or a field of a dataclass without comment')
@@ -375,6 +376,11 @@ def check_link(page, site):
         src = img['src']
         if urlsplit(src).scheme in ('http', 'https'): yield f'from another host: {src}'
         elif not src.startswith('data:') and not (page.path.parent/unquote(src)).is_file(): yield f'no file: {src}'
+
+
+def check_address(page, site):
+    "Another number with every rendering, and of no use to a reader"
+    yield from re.findall(r'\bat 0x[0-9a-f]{6,}', page.html.get_text())
 
 
 def check_stem(page, site):

@@ -30,7 +30,7 @@ PLANTED = dict(
     directive='#| echo: true', heading='#### Too deep', emphasis='a **bold that never ends', alt='![](x.png)',
     caption='a picture ![dog](x.png) in a line', list='Shown:\n- one thing\n- another', script='|x|^2+|z|^ is wrong',
     markdown='```python\n# see [`stored`](https://drift-rae.github.io/drift_rae/x.html#stored)\n```',
-    math='$$\\undefined{x}$$', link='[there](#nowhere)', stem='as `05_flow` says', reference='as @nobody1900 and @fig-none say')
+    math='$$\\undefined{x}$$', address='`<function f at 0x7f1b002a7a60>`', link='[there](#nowhere)', stem='as `05_flow` says', reference='as @nobody1900 and @fig-none say')
 PLANTED_TOO = [('list', '(12) is an equation'), ('link', '[there](missing.ipynb)'), ('stem', 'in chapter 07'),
     ('reference', 'see @eq-99'),
     ('markdown', 'see [[`stored`](https://drift-rae.github.io/drift_rae/x.html#stored)](flow.html)'), ('markdown', '    [`f`](parts/05a_generator.ipynb)'),
