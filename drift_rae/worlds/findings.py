@@ -16,7 +16,7 @@ from ..diffusion_gan import field, log_density
 from ..engine.files import weights_path
 from ..engine.streams import image_noise, stream
 from ..flow import load_teacher
-from ..geometry import curvature
+from ..geometry import PAPER_STATISTICS, curvature
 from ..parts.bench import cached, weights_digest
 from ..parts.paths import time_grid
 from ..theorem1 import limit_v_neg, simulate
@@ -193,11 +193,11 @@ def direction(
     return 'reproduced' if (low > 0) == positive else 'not reproduced'
 
 # %% ../../nbs/worlds/10a_findings.ipynb #68d1baf4
-PAPER_GEOMETRY = { # Tables 1 and 2 of the paper: RAE, SD-VAE
-    'PR': ('Table 1', 'RAE is less isotropic: smaller PR', .0630, .2068),
-    'SE': ('Table 1', 'RAE is less isotropic: smaller SE', .2110, .3781),
-    'NN-d': ('Table 2', 'RAE has nearer neighbours: smaller NN-d', 1.0664, 4.3083),
-    'S-MMD': ('Table 2', 'RAE is less like a sphere: larger S-MMD', .07913, .00576)}
+PAPER_GEOMETRY = { # what Tables 1 and 2 of the paper say; their values are PAPER_STATISTICS
+    'PR': ('Table 1', 'RAE is less isotropic: smaller PR'),
+    'SE': ('Table 1', 'RAE is less isotropic: smaller SE'),
+    'NN-d': ('Table 2', 'RAE has nearer neighbours: smaller NN-d'),
+    'S-MMD': ('Table 2', 'RAE is less like a sphere: larger S-MMD')}
 
 # %% ../../nbs/worlds/10a_findings.ipynb #e01203e0
 def _geometry_word(found, k, other, positive):
@@ -213,7 +213,8 @@ def geometry_findings(
 )->list: # of Finding
     "Tables 1 and 2, and Figure 1"
     out = []
-    for k, (where, claim, rae, vae) in PAPER_GEOMETRY.items():
+    for k, (where, claim) in PAPER_GEOMETRY.items():
+        vae, rae = PAPER_STATISTICS[k]
         (low, high), word = _geometry_word(found, k, 'sampled', rae > vae)
         other = _geometry_word(found, k, 'mean', rae > vae)[1]
         here = ' / '.join(f"{found[s]['table'][k][0]:.4f}" for s in ('RAE', 'sampled'))
