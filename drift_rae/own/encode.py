@@ -163,7 +163,7 @@ def encode(
     size:int=0, # side of the pictures in pixels; 0: 32 for own, 128 for timm
     layers:str='-1', # timm: feature maps that are joined, such as 2,3
     channels:int=0, # numbers of a token; 0: 32 to 96 for own by its patch, 64 for timm
-    patch:int=0, # own: pixels per side of a token; 0: size/4, or size/8 beyond 32 pixels
+    patch:int=0, # own: pixels per side of a token; 0: at most 4 x 4 tokens, 8 x 8 beyond 32 px
     weights:str='', # timm: a file with the network's weights; empty: from the Hub
     networks:str='', # folder with the weights of LPIPS and the discriminator; empty: without
     encoder_steps:int=0, # updates of an own encoder; 0: 150
