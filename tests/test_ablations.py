@@ -218,7 +218,8 @@ def test_the_search_ends_before_the_report_and_widens_at_an_edge(tmp_path):
         a_run(row, rate, seed, tmp_path, fd={.25: 2.5, .5: 2., 1: 1.5, 2: 1.2, 4: 1.3}[rate] if row.name != 'B' else 1.4 + abs(rate - 1))
     assert order[:9] == [(n, rate, 100) for rate in (1, 2, .5) for n in 'ABC'] # in rounds
     assert order[9:11] == [('A', 4, 100), ('C', 4, 100)] # the best rate of B is inside
-    assert order[11:] == [(n, {'A': 2, 'B': 1, 'C': 2}[n], seed) for seed in (10, 11) for n in 'ABC']
+    assert order[11:17] == [(n, {'A': 2, 'B': 1, 'C': 2}[n], seed) for seed in (10, 11) for n in 'ABC']
+    assert order[17:] == [(n, 1, seed) for seed in (10, 11) for n in 'AC'] # the common setting; B is best there
     assert complete() and todo() == []
     assert tuned.best_point(tuned.searched(rows['A'], tmp_path)) == (2, 'fast', 4)
     v = tuned.read_at('3', 'best', tmp_path)[Claim('B', 'better', 'A')]

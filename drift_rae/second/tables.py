@@ -89,7 +89,7 @@ def world_search(
 )->Search:
     "What all runs of the second world share"
     stored = project_path('nbs/results')/'emoji.json' if not home else None
-    digests = home_digests(home) if home else read_json(stored).get('digests', {})
+    digests = home_digests(home) if home else read_json(stored)['digests']
     return Search('second world', 'mini', steps, RATE, images,
                   functools.partial(world_bench, str(home)),
                   functools.partial(world_recipe, tuple(digests.items())),
