@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 IMPORTED = ('torch', 'torch._dynamo', 'torch.distributed.run', 'timm', 'safetensors.torch', 'scipy.linalg', 'papermill.cli',
             'papermill.iorw', 'papermill.engines', 'nbclient', 'jupyter_client', 'ipykernel.kernelapp', 'ipykernel.ipkernel')
@@ -33,6 +35,20 @@ def server():
     process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     atexit.register(process.stdin.close)
     return process
+
+
+def descendants(process):
+    "The processes that `process` (of psutil) has started, without Python's own resource tracker; one may end while it is looked at"
+    def counts(p):
+        try: return 'resource_tracker' not in ' '.join(p.cmdline())
+        except psutil.NoSuchProcess: return False
+    return [p for p in process.children(recursive=True) if counts(p)]
+
+
+def words(process):
+    "The command of a process of psutil; of one that has ended in the meantime, that it has"
+    try: return ' '.join(process.cmdline())
+    except psutil.NoSuchProcess: return 'ended'
 
 
 class Started:

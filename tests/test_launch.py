@@ -2,16 +2,14 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
-from programs import ROOT, environment, forked_workers, run, server
+from programs import ROOT, descendants, environment, forked_workers, run, server
 import launched
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.engine.launch import Interrupted, LaunchError, launch
 
 HERE = Path(__file__).parent
 
-def children():
-    "Processes that this one has started, without Python's own resource tracker"
-    return [p for p in psutil.Process().children(recursive=True) if 'resource_tracker' not in ' '.join(p.cmdline())]
+def children(): return descendants(psutil.Process())
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():

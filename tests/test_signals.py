@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
-from programs import Program, environment
+from programs import Program, descendants, environment, words
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 def saved_within(): return 5*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) # seconds; more on a machine that is busy now
@@ -33,8 +33,7 @@ def begin(way, folder, fork=False):
         process.kill()
         pytest.fail((folder/'said.txt').read_text()[-3000:])
     parent = psutil.Process(process.pid)
-    family = [p for p in parent.children(recursive=True) if 'resource_tracker' not in ' '.join(p.cmdline())]
-    return process, family
+    return process, descendants(parent)
 
 def alive(p):
     try: return p.is_running() and p.status() != psutil.STATUS_ZOMBIE
@@ -44,7 +43,7 @@ def ends(process, family, folder):
     "All processes end in time, and a checkpoint is there"
     deadline = time.monotonic() + saved_within()
     while time.monotonic() < deadline and (process.poll() is None or any(map(alive, family))): time.sleep(.05)
-    left = [' '.join(p.cmdline())[:80] for p in family if alive(p)]
+    left = [words(p)[:80] for p in family if alive(p)]
     still = process.poll() is None
     for p in family:
         if alive(p): p.kill()
