@@ -16,6 +16,7 @@ from .from_scratch import (
     CLAIMS as SCRATCH_CLAIMS, ROWS as SCRATCH_ROWS, scratch_recipe)
 from .metrics.verdicts import (
     Claim, chances_text, decide, format_percent, p_text, paired_ratios)
+from .common import common_sign
 from .tuned import made_images, one_sign, read_at, read_text
 from .worlds.second import Judges
 from .parts.generator import OneStepGenerator
@@ -213,7 +214,7 @@ def settled(
     word:str, # the verdict of one setting
     best:str, # the verdict at each row's best in a few words, or 'not run'
     epochs:str, # the verdict after 16 epochs in a few words, or 'not run'
-    stable:bool=True, # one sign at every stopping time from 8 epochs on, see one_sign
+    stable:bool=True, # one sign at every stopping time from 8 epochs on
 )->str: # the word of the claim
     "What the verdicts of several settings say together"
     decided = ('reproduced', 'not reproduced')
@@ -224,6 +225,8 @@ def settled(
     return word if whole else f'{word} at one setting'
 
 # %% ../nbs/11_claims.ipynb #92f361b6
+_SIGNS = dict(paper='the sign of the paper', opposite='the opposite sign', changes='no one sign')
+
 def _tuned(finding, epochs):
     "A finding of Tables 3 to 7 with its verdicts at each row's best and after 16 epochs"
     if finding.word == 'withdrawn': return finding
@@ -231,8 +234,9 @@ def _tuned(finding, epochs):
     claim = next(c for c in CLAIMS[table] if str(c) == finding.claim)
     best, later = (read_text(read_at(table, at).get(claim)) for at in ('best', 16))
     epochs = later if later != 'not run' else epochs or later
-    stable = one_sign(table, claim)
-    word = settled(finding.word, best, epochs, stable)
+    stable, sign = one_sign(table, claim), common_sign(table, claim)
+    wanted = {'reproduced': 'paper', 'not reproduced': 'opposite'}.get(finding.word, sign)
+    word = settled(finding.word, best, epochs, stable and sign in ('', wanted))
     second = read_at(table, 'second').get(claim)
     reads = finding.reads if second is None or not len(second.ratios) else (
         f"{finding.reads}; second judge at each row's best: {format_percent(second.ratios)}")
@@ -240,6 +244,7 @@ def _tuned(finding, epochs):
     if said == {'reproduced', 'not reproduced'} and not word.startswith('depends'):
         word = 'depends on the judge'
     if not stable: reads += '; between readings of the rows, each at its own rate, the sign changes'
+    if sign: reads += f'; {_SIGNS[sign]} at one rate for both rows, from 8 epochs on'
     return replace(finding, best=best, epochs=epochs, word=word, reads=reads)
 
 # %% ../nbs/11_claims.ipynb #1ca3e1ff

@@ -24,10 +24,9 @@ from .parts.generator import OneStepGenerator
 from .metrics.distances import within_class_variance
 from .metrics.verdicts import interval
 from .parts.workers import run_jobs
-from .tuned import made_latents
 from .worlds.findings import stored_measurement
 from .worlds.latents import latent_store
-from .worlds.second import Judges
+from .worlds.second import Judges, made_latents
 
 # %% ../nbs/11b_teacher.ipynb #c1edb643
 SEEDS, PER_CLASS = TWO_JUDGES['noise_seeds'], TWO_JUDGES['per_class']

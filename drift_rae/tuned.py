@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'EPOCHS', 'RATES', 'AVERAGES', 'SEARCH_SEED', 'SEARCH_IMAGES', 'FRESH_SEEDS', 'FRESH_IMAGES', 'ELSEWHERE',
-           'DIGITS', 'TABLES', 'made_latents', 'made_images', 'Search', 'tuned_row', 'run_tuned', 'stored_run',
-           'searched_rows', 'searched', 'next_rate', 'best_point', 'rebuild_tuned', 'tuned_fd', 'read_at', 'one_sign',
+           'DIGITS', 'TABLES', 'made_images', 'Search', 'tuned_row', 'run_tuned', 'stored_run', 'searched_rows',
+           'searched', 'next_rate', 'best_point', 'rebuild_tuned', 'run_row_of', 'tuned_fd', 'read_at', 'one_sign',
            'read_text', 'search_table', 'claims_at', 'main']
 
 # %% ../nbs/08b_tuned.ipynb #e748f3f0
@@ -24,8 +24,7 @@ from .flow import one_step
 from .parts.bench import Bench, EVALUATION, Row, cached, recipe, shared_bench
 from .parts.workers import run_jobs
 from .metrics.verdicts import Verdict, decide, format_percent, paired_ratios
-from .engine.streams import image_noise
-from .worlds.second import Judges
+from .worlds.second import Judges, made_latents
 
 # %% ../nbs/08b_tuned.ipynb #db8c1413
 LENGTH = 1300 # steps: the paper's 16 epochs, counted in generated samples with gradient
@@ -34,18 +33,6 @@ RATES = (.25, .5, 1, 2, 4) # times the miniature's learning rate
 AVERAGES = {'fast': (.99, 100), 'slow': (.996, 130)} # decay, warm-up; slow: the paper's to scale
 SEARCH_SEED, SEARCH_IMAGES = 100, 200 # seed of the search, images of each digit
 FRESH_SEEDS, FRESH_IMAGES = (10, 11, 12, 13, 14), EVALUATION['per_class'] # of what is reported
-
-# %% ../nbs/08b_tuned.ipynb #9a9cf187
-def made_latents(
-    generate, # noise [N, C, h, w], labels int64 [N] -> latents [N, C, h, w]
-    labels:torch.Tensor, # int64 [N]
-    shape:tuple, # of a latent, (C, h, w)
-    noise_seed:int, # of the noises
-)->torch.Tensor: # latents [N, C, h, w]
-    "What a generator makes of a set of noises, as in `Bench.evaluate`"
-    noise = image_noise(labels, shape, noise_seed)
-    with torch.no_grad():
-        return torch.cat([generate(z, y) for z, y in zip(noise.split(250), labels.split(250))])
 
 # %% ../nbs/08b_tuned.ipynb #e62448e8
 def made_images(
@@ -241,7 +228,11 @@ def rebuild_tuned(
         if run_jobs(_run_and_store, jobs, processes, left): return
 
 # %% ../nbs/08b_tuned.ipynb #7ea4289c
-def _searched_row(table, name, search=DIGITS):
+def run_row_of(
+    table:str, # of TABLES
+    name:str, # of a row of this table
+    search:Search=DIGITS, # which rows are run for another table
+)->Row: # that is run: a row that stands in two tables is run once
     "The row that is run for a row of a table"
     table, name = dict(search.elsewhere).get((table, name), (table, name))
     return rows_of(table)[name]
@@ -272,7 +263,7 @@ def read_at(
 )->dict: # Claim -> Verdict; empty for a table that is not searched
     "The verdicts on a table's claims from the tuned runs, as one family"
     if table not in TABLES: return {}
-    def fd(name): return tuned_fd(_searched_row(table, name, search), at, folder, search)
+    def fd(name): return tuned_fd(run_row_of(table, name, search), at, folder, search)
     ratios = [paired_ratios(fd(c.row), fd(c.than)) for c in CLAIMS[table]]
     return {v.claim: v for v in decide(CLAIMS[table], ratios)}
 
