@@ -228,6 +228,27 @@ def test_the_search_ends_before_the_report_and_widens_at_an_edge(tmp_path):
     assert tuned.read_at('9') == {}
     assert tuned.tuned_fd(rows['A'], 16, tmp_path) == {10: 1.216, 11: 1.216}
 
+def test_the_sign_at_one_rate(tmp_path):
+    "It needs all five seeds, both averages and each stopping time from 8 epochs on; a row's best rate does not matter"
+    from drift_rae import tuned
+    from drift_rae.ablations import rows_of
+    from drift_rae.common import common_figures, common_ratios, common_sign
+    rows, better, worse = rows_of('3'), Claim('B', 'better', 'A'), Claim('B', 'worse', 'A')
+    for seed in tuned.FRESH_SEEDS:
+        assert common_sign('3', better, tmp_path) == ''
+        a_run(rows['A'], 1, seed, tmp_path, 1.4)
+        a_run(rows['B'], 2, seed, tmp_path, 1.6) # at another rate: not looked at
+        a_run(rows['B'], 1, seed, tmp_path, 1.3)
+    assert (common_sign('3', better, tmp_path), common_sign('3', worse, tmp_path)) == ('paper', 'opposite')
+    assert common_figures(rows['A'], 'slow', 8, folder=tmp_path) == dict.fromkeys(tuned.FRESH_SEEDS, 1.4 + .01 + .008)
+    assert common_ratios('3', better, 'fast', 16, tmp_path) == pytest.approx([math.log(1.316/1.416)]*5)
+    path = next(p for p in tmp_path.rglob('*.json') if '3-b-x1' in p.name and p.name.endswith('_10.json'))
+    run = json.loads(path.read_text())
+    run['reads']['slow']['12']['fd'] = 9. # one reading of one average is enough to turn a mean
+    path.write_text(json.dumps(run))
+    assert common_sign('3', better, tmp_path) == 'changes'
+    assert common_sign('6', Claim('128+128', 'equal', '64+192'), tmp_path) == ''
+
 def test_a_reported_seed_is_not_one_of_the_search():
     from drift_rae import tuned
     assert tuned.SEARCH_SEED not in tuned.FRESH_SEEDS and not set(tuned.FRESH_SEEDS) & set(range(5)) and len(tuned.FRESH_SEEDS) >= 5
