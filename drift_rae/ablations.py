@@ -6,7 +6,7 @@
 __all__ = ['TABLE_3', 'TABLE_3_SHORT', 'TABLE_5', 'TABLE_5_SHORT', 'TABLE_5_LONG', 'TABLE_5_ORIGINAL', 'TABLE_5_SQUARE',
            'READINGS', 'TABLE_6', 'TABLE_7', 'SWITCHES', 'SAMPLES', 'STEPS', 'CLASSES', 'RATE', 'TEACHERS', 'ROWS',
            'CLAIMS', 'PRIMARY', 'rows_of', 'stored', 'missing', 'rebuild_results', 'clipped_share', 'rebuild_clipped',
-           'list_parser', 'main', 'step_memory']
+           'list_parser', 'run_list', 'main', 'step_memory']
 
 # %% ../nbs/08_ablations.ipynb #321b6da5
 import argparse, json, os
@@ -269,6 +269,16 @@ def list_parser(
     parser.add_argument('--processes', type=int, default=0, help='0: one for each physical core')
     return parser
 
+def run_list(
+    parser:argparse.ArgumentParser, # of list_parser
+    arguments, # list of strings; None: the command line's
+    run, # options -> None
+):
+    "Run a list of rows; what `run` refuses is a usage error"
+    options = parser.parse_args(arguments)
+    try: run(options)
+    except ParameterError as e: parser.error(str(e))
+
 def main(
     arguments=None, # list of strings; None: the command line's
 ):
@@ -277,9 +287,8 @@ def main(
                          'Run the rows of the tables that have no result yet',
                          'names such as 3 5 switches; none: all')
     parser.add_argument('--seeds', type=int, default=5)
-    a = parser.parse_args(arguments)
-    try: rebuild_results(a.tables, a.seeds, a.folder, a.minutes, a.processes)
-    except ParameterError as e: parser.error(str(e))
+    run_list(parser, arguments, lambda a: rebuild_results(
+        a.tables, a.seeds, a.folder, a.minutes, a.processes))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook
 

@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np
 import torch
 from .engine.parameters import ParameterError
-from .ablations import CLAIMS, list_parser, rows_of
+from .ablations import CLAIMS, list_parser, rows_of, run_list
 from .distill import distill
 from .engine.figures import markdown_table
 from .flow import one_step
@@ -334,8 +334,7 @@ def main(
                          'Search and run the rows of Tables 3, 5, 6 and 7 that have no result yet',
                          '3 5 6 7; none: all')
     parser.add_argument('--seeds', nargs='*', type=int, default=list(FRESH_SEEDS))
-    a = parser.parse_args(arguments)
-    try: rebuild_tuned(a.tables or list(TABLES), a.seeds, a.folder, a.minutes, a.processes)
-    except ParameterError as e: parser.error(str(e))
+    run_list(parser, arguments, lambda a: rebuild_tuned(
+        a.tables or list(TABLES), a.seeds, a.folder, a.minutes, a.processes))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook

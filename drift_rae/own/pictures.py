@@ -163,20 +163,28 @@ def dataset_folder(
 EMOJI = {'Animals & Nature': 'animals', 'Smileys & Emotion': 'faces', 'Flags': 'flags',
          'Food & Drink': 'food', 'Objects': 'objects', 'Travel & Places': 'travel'}
 
+def _emoji_pictures(package, size):
+    "Pairs (class, picture) of an unpacked package; `ParameterError` where it is not one"
+    expected = f'expected the unpacked package emoji-datasource-twitter, {size} pixels'
+    table, folders = package/'emoji.json', sorted((package/'img').glob(f'*/{size}'))
+    if not table.is_file() or not folders: raise ParameterError(f'{package}: {expected}')
+    try: rows = [(e['category'], Path(e['image']).name) for e in json.loads(table.read_bytes())]
+    except (ValueError, TypeError, KeyError) as e: # a name is never a path out of the folder
+        raise ParameterError(f'{table} is damaged ({e!r}): {expected}') from e
+    found = [(EMOJI[c], folders[0]/name) for c, name in rows if c in EMOJI]
+    found = [(c, picture) for c, picture in found if picture.is_file()]
+    if not found: raise ParameterError(f'{folders[0]} has no picture of {table}: {expected}')
+    return found
+
+# %% ../../nbs/own/02_pictures.ipynb #a4f4fc01
 def emoji_folder(
     package:str|Path, # the unpacked npm package
     out:str|Path, # receives a folder for each class
     size:int=64, # of the package's pictures: 64 pixels
 )->Path: # a folder of class folders
-    "Six categories of an emoji package as a folder of class folders"
-    package, out = Path(package), Path(out)
-    if not (package/'emoji.json').is_file():
-        raise ParameterError(f'{package}: expected the unpacked package emoji-datasource-twitter')
-    made_by = next((package/'img').iterdir()).name
-    for emoji in json.loads((package/'emoji.json').read_text()):
-        picture = package/'img'/made_by/str(size)/emoji['image']
-        if emoji['category'] not in EMOJI or not picture.is_file(): continue
-        home = out/EMOJI[emoji['category']]
-        home.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, home/emoji['image'])
+    "Six categories of an emoji package as a folder of class folders; `ParameterError` without one"
+    out = Path(out)
+    for name, picture in _emoji_pictures(Path(package), size):
+        (out/name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, out/name/picture.name)
     return out
