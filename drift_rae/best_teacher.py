@@ -19,7 +19,7 @@ from .metrics.verdicts import (
 from .parts.bench import flow_recipe
 from .parts.workers import run_jobs
 from .teacher_student import (
-    GUIDED, PAPER, PER_CLASS, SEEDS, SHIPPED, Room, taught, trained)
+    GUIDED, PAPER, PER_CLASS, SEEDS, SHIPPED, Setup, taught, trained)
 from .worlds.findings import Finding, stored_measurement
 
 # %% ../nbs/11c_best.ipynb #6ffccf60
@@ -30,16 +30,16 @@ PLAIN = (PAPER, 1.) # the paper's grid, without guidance
 TEACHERS, STUDENTS = (0, 1, 2), range(len(SEEDS)) # seeds of what is reported
 
 # %% ../nbs/11c_best.ipynb #b571b468
-def _by_decay(room, noises):
+def _by_decay(setup, noises):
     "Decay -> figures of the teacher of the choices, 49 evaluations"
     networks, out = trained(CHOICE['teacher'], DECAYS), {}
     for d, network in networks.items():
-        out[f'{d:g}'] = room.judged(room.made(taught(network, steps=PAPER+1), noises))
+        out[f'{d:g}'] = setup.judged(setup.made(taught(network, steps=PAPER+1), noises))
     return out
 
 # %% ../nbs/11c_best.ipynb #1a99c09b
 def score(
-    figures:list, # of one candidate on each set of noises, as from Room.judged
+    figures:list, # of one candidate on each set of noises, as from Setup.judged
 )->float: # smaller is better
     "Mean of the logarithms of Frechet distances, over both judges and all sets of noises"
     return float(np.mean([np.log(f[j]['fd']) for f in figures for j in ('first', 'second')]))
@@ -60,27 +60,27 @@ def way_name(
     return f'{evaluations}, guidance {guidance:g}'
 
 # %% ../nbs/11c_best.ipynb #5ef1bbea
-def _sampled(room, network, way, noises):
+def _sampled(setup, network, way, noises):
     "Figures of a teacher, with a way of sampling"
     n, w = way
-    return room.judged(room.made(taught(network, steps=n+1, guidance=w), noises))
+    return setup.judged(setup.made(taught(network, steps=n+1, guidance=w), noises))
 
 # %% ../nbs/11c_best.ipynb #e97e3415
-def _by_way(room, noises):
+def _by_way(setup, noises):
     "Way of sampling -> figures of the teacher of the choices with the chosen decay"
     network = trained(CHOICE['teacher'], DECAYS)[chosen_decay()]
-    return {way_name(*way): _sampled(room, network, way, noises) for way in SAMPLING}
+    return {way_name(*way): _sampled(setup, network, way, noises) for way in SAMPLING}
 
 # %% ../nbs/11c_best.ipynb #6cf4b8f3
-def _student(room, teacher, decay, seed):
+def _student(setup, teacher, decay, seed):
     "Figures of a student and of its teacher, on the noises of the student"
     network, config = trained(teacher, DECAYS)[decay], DistillConfig.preset('tiny', 'c')
     with redirect_stdout(io.StringIO()):
-        model, _ = distill(network, room.bench.store, config, seed=seed)
-    made = room.made(lambda z, y: one_step(model, z, y), SEEDS[seed])
+        model, _ = distill(network, setup.bench.store, config, seed=seed)
+    made = setup.made(lambda z, y: one_step(model, z, y), SEEDS[seed])
     ways = dict.fromkeys((PLAIN, chosen_way()))
-    return {'student': room.judged(made)} | {
-        way_name(*way): _sampled(room, network, way, SEEDS[seed]) for way in ways}
+    return {'student': setup.judged(made)} | {
+        way_name(*way): _sampled(setup, network, way, SEEDS[seed]) for way in ways}
 
 # %% ../nbs/11c_best.ipynb #64e74937
 _FILES = ('encoder', 'stats', 'decoder', 'judge', 'second_judge')
@@ -94,19 +94,19 @@ def _stored(name, run, seed, **about):
 # %% ../nbs/11c_best.ipynb #07139f22
 def decay_figures(
     noises:int, # seed of a set of noises of the choices
-    room:Room=None, # makes what is missing; None: only look
+    setup:Setup=None, # makes what is missing; None: only look
 )->dict: # decay, as text -> figures; {}: not stored
     "Figures of the teacher of the choices, for each decay"
-    return _stored('decay', room and (lambda: _by_decay(room, noises)), noises,
+    return _stored('decay', setup and (lambda: _by_decay(setup, noises)), noises,
                    decays=DECAYS, evaluations=PAPER, teacher=CHOICE['teacher'])
 
 # %% ../nbs/11c_best.ipynb #bdf2a666
 def way_figures(
     noises:int, # seed of a set of noises of the choices
-    room:Room=None, # makes what is missing; None: only look
+    setup:Setup=None, # makes what is missing; None: only look
 )->dict: # way of sampling -> figures; {}: not stored
     "Figures of the teacher of the choices with the chosen decay"
-    return _stored('sampling', room and (lambda: _by_way(room, noises)), noises,
+    return _stored('sampling', setup and (lambda: _by_way(setup, noises)), noises,
                    decay=chosen_decay(), ways=SAMPLING, teacher=CHOICE['teacher'])
 
 # %% ../nbs/11c_best.ipynb #019f37e1
@@ -132,11 +132,11 @@ def student_figures(
     teacher:int, # seed of its training
     decay:float, # of its average
     seed:int, # of the distillation
-    room:Room=None, # makes what is missing; None: only look
+    setup:Setup=None, # makes what is missing; None: only look
 )->dict: # 'student' and ways of sampling -> figures; {}: not stored
     "A student and its teacher"
     if chosen_way() is None: return {}
-    run = room and (lambda: _student(room, teacher, decay, seed))
+    run = setup and (lambda: _student(setup, teacher, decay, seed))
     return _stored(f'student of {teacher}', run, seed, decay=decay, way=chosen_way(),
                    recipe=DistillConfig.preset('tiny', 'c').recipe())
 
@@ -155,13 +155,13 @@ def student_ratios(
 
 # %% ../nbs/11c_best.ipynb #8e2c4784
 @functools.cache
-def _room(): return Room()
+def _setup(): return Setup()
 
 # %% ../nbs/11c_best.ipynb #aabc6c25
 def _measure_and_store(job):
     "One measurement, which is stored; the first of its distances by the first judge"
     figures, *rest = job
-    found = globals()[figures](*rest, _room())
+    found = globals()[figures](*rest, _setup())
     return dict(fd=next(iter(found.values()))['first']['fd'])
 
 # %% ../nbs/11c_best.ipynb #46559857

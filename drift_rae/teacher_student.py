@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'PER_CLASS', 'EULER', 'FINER', 'FACTORS', 'GUIDANCE', 'GUIDED', 'PAPER', 'SHIPPED', 'WEIGHTS', 'scaled',
-           'taught', 'Room', 'training_averages', 'trained', 'stored_figures', 'rebuild_figures', 'explanation']
+           'taught', 'Setup', 'training_averages', 'trained', 'stored_figures', 'rebuild_figures', 'explanation']
 
 # %% ../nbs/11b_teacher.ipynb #58c76689
 import copy, functools
@@ -58,7 +58,7 @@ def taught(
     return lambda z, y: sample(model, z, y, **options)
 
 # %% ../nbs/11b_teacher.ipynb #94c252b1
-class Room:
+class Setup:
     "Teacher, student, decoder and both judges, for sets of noises of all digits"
     def __init__(self,
         per_class:int=PER_CLASS, # images of each digit
@@ -80,7 +80,7 @@ class Room:
 # %% ../nbs/11b_teacher.ipynb #19b12d92
 @patch
 @torch.no_grad()
-def judged(self:Room,
+def judged(self:Setup,
     x:Tensor, # latents [N, C, h, w], in the order of the labels
 )->dict: # first, second -> as Judges.figures; spread: variance relative to the data's
     "Figures of the images of latents by both judges, and the spread"
@@ -89,20 +89,20 @@ def judged(self:Room,
     return dict(self.judges.figures(images), spread=spread)
 
 # %% ../nbs/11b_teacher.ipynb #6410817c
-def _generated(room, seed):
+def _generated(setup, seed):
     "Name -> latents of data, student, Euler's method and Heun's, from the noises of a seed"
-    store, order = room.bench.store, stream(seed, 'real latents')
-    per_class = len(room.labels)//10
+    store, order = setup.bench.store, stream(seed, 'real latents')
+    per_class = len(setup.labels)//10
     out = {'data': torch.cat([store.draw(c, per_class, order) for c in range(10)]),
-           'student': room.made(lambda z, y: one_step(room.student, z, y), seed)}
-    for n in EULER: out[f'Euler {n}'] = room.made(taught(room.bench.teacher, steps=n+1), seed)
-    heun = taught(room.bench.teacher, steps=PAPER+1, method='heun')
-    return dict(out, Heun=room.made(heun, seed))
+           'student': setup.made(lambda z, y: one_step(setup.student, z, y), seed)}
+    for n in EULER: out[f'Euler {n}'] = setup.made(taught(setup.bench.teacher, steps=n+1), seed)
+    heun = taught(setup.bench.teacher, steps=PAPER+1, method='heun')
+    return dict(out, Heun=setup.made(heun, seed))
 
 # %% ../nbs/11b_teacher.ipynb #3748f9df
-def _scalings(room, latents):
+def _scalings(setup, latents):
     "Name -> latents with another spread"
-    fine, y = latents['Heun'], room.labels
+    fine, y = latents['Heun'], setup.labels
     out = {f'shrunk {f:g}': scaled(fine, y, f) for f in FACTORS}
     for name in ('student', f'Euler {EULER[0]}'):
         ratio = within_class_variance(latents[name], y)/within_class_variance(fine, y)
@@ -110,26 +110,26 @@ def _scalings(room, latents):
         out[f'{name}, stretched'] = scaled(latents[name], y, ratio**-.5)
     return out
 
-def _solver(room, seed):
+def _solver(setup, seed):
     "Figures of all generators and scalings on the noises of a seed"
-    latents = _generated(room, seed)
-    out = {name: room.judged(x) for name, x in {**latents, **_scalings(room, latents)}.items()}
+    latents = _generated(setup, seed)
+    out = {name: setup.judged(x) for name, x in {**latents, **_scalings(setup, latents)}.items()}
     for name, x in latents.items():
-        error = (x - latents['Heun']).square().flatten(1).sum(1).mean()/room.variance
+        error = (x - latents['Heun']).square().flatten(1).sum(1).mean()/setup.variance
         out[name]['error'] = float(error)
     return out
 
-def _finer(room, seed):
+def _finer(setup, seed):
     "Figures of Euler's method with more evaluations than the others"
-    x = room.made(taught(room.bench.teacher, steps=FINER+1), seed)
-    return {f'Euler {FINER}': room.judged(x)}
+    x = setup.made(taught(setup.bench.teacher, steps=FINER+1), seed)
+    return {f'Euler {FINER}': setup.judged(x)}
 
 # %% ../nbs/11b_teacher.ipynb #93569607
-def _guidance(room, seed):
+def _guidance(setup, seed):
     "Figures of the guided teacher"
-    teacher = room.bench.teacher
+    teacher = setup.bench.teacher
     guided = {w: taught(teacher, steps=GUIDED+1, guidance=w) for w in GUIDANCE}
-    return {f'guidance {w:g}': room.judged(room.made(f, seed)) for w, f in guided.items()}
+    return {f'guidance {w:g}': setup.judged(setup.made(f, seed)) for w, f in guided.items()}
 
 # %% ../nbs/11b_teacher.ipynb #1a47f437
 def training_averages(
@@ -165,20 +165,20 @@ def trained(
     return {d: load_teacher(p) for d, p in paths.items()}
 
 # %% ../nbs/11b_teacher.ipynb #af67ac9c
-def _weights(room, seed):
+def _weights(setup, seed):
     "Figures of the last weights; apart: distance of both averages, relative to their norm"
     kept = trained()
-    networks = dict(last=kept[0.], average=kept[SHIPPED], shipped=room.bench.teacher)
+    networks = dict(last=kept[0.], average=kept[SHIPPED], shipped=setup.bench.teacher)
     flat = {n: torch.cat([p.flatten() for p in net.parameters()]) for n, net in networks.items()}
     def apart(a, b): return float((flat[a] - flat[b]).norm()/flat[b].norm())
-    figures = room.judged(room.made(taught(networks['last'], steps=PAPER+1), seed))
+    figures = setup.judged(setup.made(taught(networks['last'], steps=PAPER+1), seed))
     return {'last': dict(figures, apart=apart('average', 'shipped'),
                          moved=apart('last', 'average'))}
 
-def _average(room, seed):
+def _average(setup, seed):
     "Figures of the average of the same training"
     average = taught(trained()[SHIPPED], steps=PAPER+1)
-    return {'average': room.judged(room.made(average, seed))}
+    return {'average': setup.judged(setup.made(average, seed))}
 
 # %% ../nbs/11b_teacher.ipynb #b0f17896
 _KINDS = dict(solver=_solver, guidance=_guidance, weights=_weights, average=_average,
@@ -188,10 +188,10 @@ _FILES = ('encoder', 'stats', 'decoder', 'judge', 'second_judge', 'teacher', 'ge
 def stored_figures(
     kind:str, # 'solver', 'guidance', 'weights', 'average' or 'finer'
     seed:int, # of the noises, one of SEEDS
-    room:Room=None, # makes what is missing; None: only look
-)->dict: # name of a generator -> as Room.judged; {}: not stored
+    setup:Setup=None, # makes what is missing; None: only look
+)->dict: # name of a generator -> as Setup.judged; {}: not stored
     "The figures of one measurement on one set of noises"
-    run = room and (lambda: dict(figures=_KINDS[kind](room, seed)))
+    run = setup and (lambda: dict(figures=_KINDS[kind](setup, seed)))
     about = dict(solver=dict(euler=EULER, heun=PAPER, factors=FACTORS),
                  guidance=dict(guidance=GUIDANCE, evaluations=GUIDED),
                  weights=dict(evaluations=PAPER, trained='seed 0, as the one that ships'),
@@ -203,11 +203,11 @@ def stored_figures(
 
 # %% ../nbs/11b_teacher.ipynb #5b5455dd
 @functools.cache
-def _room(): return Room()
+def _setup(): return Setup()
 
 def _measure_and_store(job):
     "One measurement, which is stored; the first of its distances by the first judge"
-    return dict(fd=next(iter(stored_figures(*job, _room()).values()))['first']['fd'])
+    return dict(fd=next(iter(stored_figures(*job, _setup()).values()))['first']['fd'])
 
 def rebuild_figures(
     kinds:tuple=tuple(_KINDS), # one after the other

@@ -8,7 +8,7 @@ import pytest
 import drift_rae.best_teacher as best
 from drift_rae.distill import DistillConfig
 from drift_rae.flow import load_teacher
-from drift_rae.teacher_student import SEEDS, Room
+from drift_rae.teacher_student import SEEDS, Setup
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def figures(fd): return dict(first=dict(fd=fd), second=dict(fd=fd), spread=1.)
 
 def test_choices_come_first_and_nothing_is_made_twice(kept, monkeypatch):
     trainings, students = [], []
-    def student(room, teacher, decay, seed):
+    def student(setup, teacher, decay, seed):
         students.append((teacher, decay, seed))
         return {'student': figures(1.1 + .01*teacher + .001*seed), **{best.way_name(*w): figures(1.) for w in (best.PLAIN, best.chosen_way())}}
     for name, value in dict(
-            trained=lambda seed, decays: trainings.append(seed) or dict.fromkeys(decays), _room=object, _student=student,
-            _by_decay=lambda room, noises: {f'{d:g}': figures(1 + abs(d - .99)) for d in best.DECAYS},
-            _by_way=lambda room, noises: {best.way_name(*w): figures(2 - w[1]) for w in best.SAMPLING}).items():
+            trained=lambda seed, decays: trainings.append(seed) or dict.fromkeys(decays), _setup=object, _student=student,
+            _by_decay=lambda setup, noises: {f'{d:g}': figures(1 + abs(d - .99)) for d in best.DECAYS},
+            _by_way=lambda setup, noises: {best.way_name(*w): figures(2 - w[1]) for w in best.SAMPLING}).items():
         monkeypatch.setattr(best, name, value)
     assert best.best_findings() == [] and best.chosen_way() is None
     best.rebuild_best(1)
@@ -50,7 +50,7 @@ def test_choices_come_first_and_nothing_is_made_twice(kept, monkeypatch):
 
 
 def test_the_measurements(kept, monkeypatch):
-    room = Room(per_class=2)
+    setup = Setup(per_class=2)
     monkeypatch.setattr(best, 'trained', lambda seed, decays: {d: load_teacher() for d in decays})
     monkeypatch.setattr(best, 'DECAYS', (0., .999))
     monkeypatch.setattr(best, 'SAMPLING', ((2, 1.), (2, 1.5)))
@@ -58,10 +58,10 @@ def test_the_measurements(kept, monkeypatch):
     preset = DistillConfig.preset('tiny', 'c')
     monkeypatch.setattr(best, 'DistillConfig', SimpleNamespace(preset=lambda *a: replace(preset, steps=2, n_pos=16, n_neg=4, n_extra_neg=8)))
     for noises in best.CHOICE['noises']:
-        decays = best.decay_figures(noises, room)
+        decays = best.decay_figures(noises, setup)
         assert decays['0'] == decays['0.999'] # the same network here
-    for noises in best.CHOICE['noises']: assert set(best.way_figures(noises, room)) == {'2, guidance 1', '2, guidance 1.5'}
-    found = best.student_figures(0, best.chosen_decay(), 1, room)
+    for noises in best.CHOICE['noises']: assert set(best.way_figures(noises, setup)) == {'2, guidance 1', '2, guidance 1.5'}
+    found = best.student_figures(0, best.chosen_decay(), 1, setup)
     assert {'student', '2, guidance 1'} <= set(found) and found['student']['first']['fd'] > 0
-    again = best._sampled(room, load_teacher(), (2, 1.), SEEDS[1])
+    again = best._sampled(setup, load_teacher(), (2, 1.), SEEDS[1])
     assert found['2, guidance 1'] == again # on the student's noises
