@@ -80,7 +80,9 @@ def read_pictures(
         rows += indices
         if x is not None: pixels.append(x)
         progress(step, unreadable=len(errors))
-    if not pixels: raise ParameterError(f'images {folder.root!r}: no picture could be read')
+    if not pixels:
+        why = next(iter(errors.values()), 'the folder is empty')
+        raise ParameterError(f'images {folder.root!r}: no picture could be read, the first: {why}')
     return torch.cat(pixels), torch.tensor([folder.targets[i] for i in rows]), errors
 
 # %% ../../nbs/own/02_pictures.ipynb #a1ebc2ac
