@@ -11,6 +11,12 @@ def forked_workers():
     import programs
     with programs.forked_workers(): yield
 
+@pytest.fixture(scope='session')
+def few_latents(tmp_path_factory):
+    "The folder of `save_few_latents`, for runs of which only the course counts"
+    import small_runs
+    return small_runs.save_few_latents(tmp_path_factory.mktemp('latents')/'few')
+
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes of computation, run only with -m slow')
 
 # the longest first, so that no worker is left alone with one of them at the end; test_site comes later than test_browser,

@@ -80,7 +80,23 @@ class Page:
         return BeautifulSoup(self.path.read_text(), 'html.parser')
 
     @cached_property
-    def ids(self): return {tag['id'] for tag in self.html.find_all(id=True)} | {a['name'] for a in self.html.find_all('a', attrs={'name': True})}
+    def tags(self):
+        "All tags in the order of the document: one pass for all checks, each search of BeautifulSoup is one of its own"
+        return self.html.find_all()
+
+    def named(self, *names): return [tag for tag in self.tags if tag.name in names]
+
+    @cached_property
+    def ids(self): return {t['id'] for t in self.tags if t.has_attr('id')} | {a['name'] for a in self.named('a') if a.has_attr('name')}
+
+    @cached_property
+    def prose(self):
+        "The texts outside code, formulas and scripts"
+        def texts(tag):
+            for child in tag.contents:
+                if type(child).__name__ == 'NavigableString': yield child
+                elif getattr(child, 'name', None) and child.name not in ('code', 'pre', 'math', 'script', 'style', 'svg', 'head'): yield from texts(child)
+        return list(texts(self.html))
 
 
 # ---- from the notebook to Markdown
@@ -253,14 +269,6 @@ def shared_site(base):
 
 # ---- what a page must not have
 
-def prose(html):
-    "The texts outside code, formulas and scripts, with the tag that holds them"
-    for text in html.find_all(string=True):
-        if type(text).__name__ != 'NavigableString': continue
-        if text.find_parent(['code', 'pre', 'math', 'script', 'style', 'svg', 'head']): continue
-        yield text
-
-
 def check_render(page, site):
     if not page.html.find('main').get_text(strip=True): yield page.warnings.strip()[-200:]
     for cell in page.html.select('.cell-output-error'): yield 'an error is stored: ' + cell.get_text()[-80:]
@@ -282,25 +290,25 @@ def check_directive(page, site):
 
 
 def check_list(page, site):
-    for p in page.html.find_all('p'):
+    for p in page.named('p'):
         for line in p.get_text().split('\n'):
             if re.match(r'\s*(?:[-*+]|\d{1,2}[.)])\s', line): yield f'in a paragraph: {line[:60]}'
-    for ol in page.html.find_all('ol'):
+    for ol in page.named('ol'):
         items = ol.find_all('li', recursive=False)
         if ol.get('start', '1') != '1' or ol.get('type', '1') != '1' or len(items) == 1:
             yield f'a paragraph that begins with a number became a list: {items[0].get_text()[:60]!r}'
 
 
 def check_markdown(page, site):
-    for pre in page.html.find_all(['pre', 'code']):
-        if pre.name == 'code' and pre.find_parent('pre'): continue
+    for pre in page.named('pre', 'code'):
+        if pre.name == 'code' and (pre.parent.name == 'pre' or pre.find_parent('pre')): continue
         for found in re.findall(r'\[[^\]\n]+\]\((?:https?:|[\w/.]+\.(?:ipynb|html))[^)]*\)', pre.get_text()): yield found
-    for a in page.html.find_all('a'): # nbdev has linked a name inside a link
+    for a in page.named('a'): # nbdev has linked a name inside a link
         if '](http' in a.get_text(): yield a.get_text()
 
 
 def check_emphasis(page, site):
-    for text in prose(page.html):
+    for text in page.prose:
         for found in re.findall(r'.{0,25}(?:\*\*|`|(?<=[\w.)])\*(?=[\s.,)])|(?<=[\s(])\*(?=\w)|^\*\w).{0,25}', text):
             yield found.strip()
 
@@ -314,20 +322,20 @@ def check_emphasis(page, site):
 
 
 def check_script(page, site):
-    for tag in page.html.find_all(['sup', 'sub', 'del']):
+    for tag in page.named('sup', 'sub', 'del'):
         if 'footnote' in ' '.join(tag.get('class', [])) or tag.find_parent(class_='footnote-ref'): continue
         if tag.name == 'del' or not re.fullmatch(r'[\w−+-]{1,5}', tag.get_text()): yield f'<{tag.name}> {tag.get_text()[:40]}'
 
 
 def check_math(page, site):
     for found in re.findall(r'Could not convert TeX math (.*?), rendering', page.warnings, re.S): yield found[:60]
-    for text in prose(page.html):
+    for text in page.prose:
         for found in re.findall(r'\$\$|\\[(\[]|\\(?:frac|sum|mathbb|mathcal|hat|tilde|lVert|left)\b', text): yield f'{found} in {text.strip()[:50]}'
 
 
 def check_heading(page, site):
     before = 1
-    for tag in page.html.find_all(re.compile(r'^h[1-6]$')):
+    for tag in page.named('h1', 'h2', 'h3', 'h4', 'h5', 'h6'):
         level = int(tag.name[1])
         if level == 1 and 'title' not in tag.get('class', []): yield f'a second title: {tag.get_text()[:50]}'
         if level > before + 1: yield f'h{before} -> h{level}: {tag.get_text()[:50]}'
@@ -335,12 +343,12 @@ def check_heading(page, site):
 
 
 def check_alt(page, site):
-    for img in page.html.find_all('img'):
+    for img in page.named('img'):
         if not img.get('alt', '').strip(): yield img.get('src', '')
 
 
 def check_caption(page, site):
-    for img in page.html.find_all('img'):
+    for img in page.named('img'):
         figure = img.find_parent('figure')
         caption = figure and figure.find('figcaption')
         if not caption or not caption.get_text(strip=True): yield img.get('src', '')
@@ -350,7 +358,7 @@ def check_label(page, site):
     for img in page.html.select('img.cell-figure'):
         figure = img.find_parent('figure') or img
         if not (figure.get('id') or img.get('id', '')).startswith('fig-') and not re.search(r'-[1-9]\d*\.\w+$', img['src']): yield img['src']
-    own = Counter(tag['id'] for tag in page.html.find_all(id=re.compile('^(fig|eq|tbl|sec)-')))
+    own = Counter(tag['id'] for tag in page.tags if re.match('(fig|eq|tbl|sec)-', tag.get('id', '')))
     for name, n in own.items():
         if n > 1: yield f'{name} stands {n} times on the page'
         others = [p.source for p in site.values() if p is not page and name in p.ids and name.startswith('fig-')]
@@ -359,8 +367,7 @@ def check_label(page, site):
 
 def check_link(page, site):
     pages = {p.url: p for p in site.values()}
-    for a in page.html.find_all('a', href=True):
-        href = a['href']
+    for href in [a['href'] for a in page.named('a') if a.has_attr('href')]:
         if href.startswith(HOST): target = href.removeprefix(HOST)
         elif urlsplit(href).scheme or href.startswith('//'): continue
         else: target = os.path.join(os.path.dirname(page.url), href)
@@ -372,8 +379,7 @@ def check_link(page, site):
             if anchor and unquote(anchor) not in pages[where].ids: yield f'no anchor: {href}'
         elif not (page.path.parents[len(Path(page.url).parts) - 1]/where).is_file(): yield f'no page: {href}'
     if page.html.select('.cell-output-html script'): yield 'an HTML output with a script: Quarto then loads require.js and jQuery from another host'
-    for img in page.html.find_all(['img', 'video', 'source', 'script'], src=True):
-        src = img['src']
+    for src in [t['src'] for t in page.named('img', 'video', 'source', 'script') if t.has_attr('src')]:
         if urlsplit(src).scheme in ('http', 'https'): yield f'from another host: {src}'
         elif not src.startswith('data:') and not (page.path.parent/unquote(src)).is_file(): yield f'no file: {src}'
 
@@ -384,18 +390,18 @@ def check_address(page, site):
 
 
 def check_stem(page, site):
-    for code in page.html.find_all('code'):
+    for code in page.named('code'):
         text = code.get_text()
-        if code.find_parent(['a', 'pre']) or ' ' in text: continue
-        if re.search(r'(?<![\w/])(?:nbs/|\w+/)?\d\d[a-z]?_[a-z]\w+(?:\.ipynb)?$', text): yield text
-    for text in prose(page.html):
-        if text.find_parent('a'): continue
-        for found in re.findall(r'[Cc]hapters? \d\d?\b|[Nn]otebooks? \d\d[a-z]?\b|\b\d\d[a-z]?_[a-z]\w+', text): yield found
+        if ' ' in text or not re.search(r'(?<![\w/])(?:nbs/|\w+/)?\d\d[a-z]?_[a-z]\w+(?:\.ipynb)?$', text): continue
+        if not code.find_parent(['a', 'pre']): yield text
+    for text in page.prose:
+        found = re.findall(r'[Cc]hapters? \d\d?\b|[Nn]otebooks? \d\d[a-z]?\b|\b\d\d[a-z]?_[a-z]\w+', text)
+        if found and not text.find_parent('a'): yield from found
 
 
 def check_reference(page, site):
     yield from (f'not in references.bib: {key}' for key in re.findall(r'citation (\S+) not found', page.warnings))
-    for text in prose(page.html):
+    for text in page.prose:
         yield from re.findall(r'\?@[\w-]+|\{#[\w-]+\}|\[-?@\w+|(?<![\w.])@(?:eq|fig|sec|tbl)-[\w-]+', text)
 
 
@@ -407,21 +413,22 @@ def check_wide(page, site):
 
 
 def check_size(page, site):
-    files = {page.path, *(page.path.parent/unquote(t['src']) for t in page.html.find_all(src=True) if not urlsplit(t['src']).scheme)}
+    files = {page.path, *(page.path.parent/unquote(t['src']) for t in page.tags if t.has_attr('src') and not urlsplit(t['src']).scheme)}
     total = QUARTO_BYTES + sum(f.stat().st_size for f in files if f.is_file())
     if total > MOST_BYTES: yield f'{total/1e6:.2f} MB with the {QUARTO_BYTES/1e6:.1f} MB that Quarto adds'
 
 
 def check_api(page, site):
-    names = [name for name, _ in public(page.module)]
-    for name, entry in public(page.module):
-        heading = page.html.find(re.compile('^h[2-6]$'), id=name.lower())
-        if heading is None: yield f'no entry: {name}'
+    entries = list(public(page.module))
+    names, headings = [name for name, _ in entries], page.named('h3', 'h4', 'h5', 'h6')
+    anchors = {h.get('id') for h in (*headings, *page.named('h2'))}
+    for name, entry in entries:
+        if name.lower() not in anchors: yield f'no entry: {name}'
         elif not entry: yield f'no docstring: {name}'
-        same = [h for h in page.html.find_all(re.compile('^h[3-6]$')) if h.get_text() == name]
+        same = [h for h in headings if h.get_text() == name]
         if len(same) > 1: yield f'two entries (drop the show_doc cell): {name}'
         owner, _, bare = name.rpartition('.')
-        if owner and bare not in names and page.html.find(re.compile('^h[3-6]$'), string=bare): yield f'an entry without its class: {name}'
+        if owner and bare not in names and any(h.string == bare for h in headings): yield f'an entry without its class: {name}'
 
 
 def source_of(module):

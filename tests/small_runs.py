@@ -5,7 +5,7 @@ import torch
 from drift_rae.engine import checkpoints, launch, sharding
 from drift_rae.networks.ditdh import DiTDH
 from drift_rae.distill import distill
-from drift_rae.worlds.latents import sort_by_class
+from drift_rae.worlds.latents import save_latents, sort_by_class
 from drift_rae.parts.recipe import DistillConfig
 
 CLASSES = 6
@@ -20,6 +20,12 @@ def teacher(dtype=torch.float64):
     return model.to(dtype).eval()
 
 def store(): return sort_by_class(torch.randn(CLASSES*20, 8, 2, 2, generator=torch.Generator().manual_seed(1)), torch.arange(CLASSES*20) % CLASSES, CLASSES)
+
+def save_few_latents(folder):
+    "A store on disk for the miniature, 40 random latents of each digit: read at once, where all the digits would be encoded for seconds"
+    labels = torch.arange(400) % 10
+    save_latents(sort_by_class(torch.randn(400, 32, 4, 4, generator=torch.Generator().manual_seed(1)), labels, 10), folder, {})
+    return str(folder)
 
 def config(preset='c', **changes):
     values = dict(n_class=4, n_pos=16, n_neg=4, n_extra_neg=8, steps=4, lr=(1e-3, 1e-4), ema=(.9, 2), at_once=1, checkpoint_every=2)

@@ -1,5 +1,5 @@
 "A finished run stays finished: nothing is made again, nothing is lost, more steps go on where that is possible"
-import hashlib, json, subprocess, sys
+import hashlib, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from drift_rae.distill import main, start
@@ -7,7 +7,7 @@ from drift_rae.engine.files import RunFolder
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.imagenet.stage1 import start_stage1
 from drift_rae.imagenet.stage2 import start_flow
-from programs import environment, papermill
+from programs import environment
 
 SMALL = dict(n_class=2, n_pos=8, n_neg=4, n_extra_neg=4, steps=4, nproc=1)
 CONSTANT = dict(SMALL, changes='lr=(1e-5,1e-5)')
@@ -17,10 +17,29 @@ def content(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
+@pytest.fixture(scope='module', autouse=True)
+def on_few_latents(few_latents):
+    for options in (SMALL, CONSTANT): options['latents'] = few_latents
+
+@pytest.fixture(scope='module')
+def once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('finished')
+    start(out=str(folder), monitor_every=2, **SMALL)
+    return folder
+
 @pytest.fixture
-def finished(tmp_path):
-    start(out=str(tmp_path), monitor_every=2, **SMALL)
-    return tmp_path
+def finished(once, tmp_path): return shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+
+@pytest.fixture(scope='module')
+def teacher_once(tmp_path_factory, few_latents):
+    "A finished training of a teacher: its options, its losses"
+    options = dict(out=str(tmp_path_factory.mktemp('teacher')), steps=4, batch=8, samples=20, monitor_every=2, latents=few_latents)
+    return options, start_flow(**options)
+
+@pytest.fixture
+def teacher(teacher_once, tmp_path):
+    options, losses = teacher_once
+    return dict(options, out=str(shutil.copytree(options['out'], tmp_path, dirs_exist_ok=True))), losses
 
 def test_the_same_command_changes_nothing(finished, capsys):
     before = content(finished)
@@ -67,9 +86,8 @@ def test_a_killed_runs_temporary_files_are_removed(tmp_path):
     start(out=str(tmp_path), monitor_every=0, **SMALL)
     assert not list(tmp_path.rglob('.*.tmp')) and not (tmp_path/'monitor.json').exists()
 
-def test_a_teachers_training_stays_finished(tmp_path):
-    options = dict(out=str(tmp_path), steps=4, batch=8, samples=20, monitor_every=2)
-    losses, before = start_flow(**options), content(tmp_path)
+def test_a_teachers_training_stays_finished(teacher, tmp_path):
+    (options, losses), before = teacher, content(tmp_path)
     assert start_flow(**options) == losses and content(tmp_path) == before
 
 def test_a_decoders_training_stays_finished(tmp_path, capsys):
@@ -82,9 +100,8 @@ def test_a_decoders_training_stays_finished(tmp_path, capsys):
     with pytest.raises(ParameterError, match='steps was 16 and is 17'): start_stage1(**{**options, 'steps': 17})
 
 @pytest.mark.parametrize('lost', ['done.json', 'teacher.safetensors'])
-def test_the_end_of_a_teachers_training_is_made_again(lost, tmp_path):
-    options = dict(out=str(tmp_path), steps=4, batch=8, samples=20, monitor_every=2)
-    losses, before = start_flow(**options), content(tmp_path)
+def test_the_end_of_a_teachers_training_is_made_again(lost, teacher, tmp_path):
+    (options, losses), before = teacher, content(tmp_path)
     (tmp_path/lost).unlink()
     assert start_flow(**options) == losses
     after = content(tmp_path)
@@ -98,19 +115,3 @@ def test_torchrun_on_a_finished_run(finished):
                           env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('nothing is made again') == 1 and content(finished) == before
-
-def test_papermill_shows_a_finished_run_again(tmp_path):
-    def shown(name):
-        done = papermill('06_distill', tmp_path, name, **SMALL | dict(samples=8, n_pos=32, monitor_every=2))
-        assert done.returncode == 0, done.stderr[-3000:]
-        return (tmp_path/name).read_text()
-    shown('first.ipynb')
-    before = content(tmp_path/'runs/tiny')
-    again = shown('again.ipynb')
-    assert content(tmp_path/'runs/tiny') == before
-    assert 'nothing is made again' in again and 'student, 1' in again and again.count('image/png') >= 3
-    done = json.loads((tmp_path/'runs/tiny/done.json').read_text())
-    assert done['metrics']['fd'] and set(done['files']) == {'generator.json', 'generator.safetensors', 'results.json', 'samples.png'}
-    (tmp_path/'runs/tiny/samples.png').unlink() # as after a kill before the end of the evaluation
-    shown('third.ipynb')
-    assert (tmp_path/'runs/tiny/samples.png').exists()

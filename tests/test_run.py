@@ -1,15 +1,16 @@
 "The main job as a person starts it: papermill, wrong parameters, results, determinism; and the generator in a script"
-import ast, json, os, subprocess, sys
+import ast, json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from papermill import inspect_notebook
 from drift_rae.distill import DistillConfig, OneStepGenerator
 from drift_rae.parts.workers import processes_for
 from programs import environment, papermill, run
+from test_done import content
 
 ROOT = Path(__file__).parents[1]
 KEYS = {'fd', 'accuracy', 'precision', 'recall', 'seconds', 'config', 'seed', 'versions'}
-SMOKE = dict(monitor_every=0, steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24, nproc=1)
+SMOKE = dict(monitor_every=3, steps=6, samples=8, n_pos=32, n_neg=8, n_extra_neg=24, nproc=1)
 CHAPTERS = ['02_rae', 'worlds/02a_vae', 'worlds/02b_judge', 'worlds/03a_measure', 'worlds/05e_curvature',
             '05_flow', '06_distill', '07_evaluate']
 
@@ -29,7 +30,7 @@ def smoke(tmp_path_factory):
 
 def test_a_few_steps_write_everything(smoke):
     made = smoke/'runs/tiny'
-    wanted = {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json', 'done.json', 'checkpoints'}
+    wanted = {'generator.safetensors', 'generator.json', 'log.csv', 'samples.png', 'results.json', 'done.json', 'checkpoints', 'monitor.json', 'sheets'}
     assert wanted == {p.name for p in made.glob('[!.]*') if p.name != 'tensorboard'}
     results = json.loads((made/'results.json').read_text())
     assert set(results) == KEYS
@@ -42,14 +43,14 @@ def test_a_few_steps_write_everything(smoke):
 def by_default(tmp_path_factory):
     "The main job with nproc=0, as many processes as the cores and the classes allow"
     folder = tmp_path_factory.mktemp('default')
-    done = papermill('06_distill', folder, **{**SMOKE, 'nproc': 0})
+    done = papermill('06_distill', folder, **{**SMOKE, 'nproc': 0, 'monitor_every': 0})
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
-    done = papermill('06_distill', folder, **{**SMOKE, 'nproc': 2})
+    done = papermill('06_distill', folder, **{**SMOKE, 'nproc': 2, 'monitor_every': 0})
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -75,10 +76,34 @@ def test_papermill_understands_every_parameter(notebook):
     "papermill warns of lines that it cannot parse (quotes in a comment) and then calls the parameter unknown"
     assert set(inspect_notebook(str(ROOT/'nbs'/f'{notebook}.ipynb'))) == {n.targets[0].id for n in ast.parse(tagged(notebook)).body}
 
-def test_the_same_command_twice_gives_the_same_numbers(smoke, tmp_path):
-    assert papermill('06_distill', tmp_path, **SMOKE).returncode == 0
-    for key in KEYS - {'seconds'}: assert results_of(smoke)[key] == results_of(tmp_path)[key], key
-    assert weights_of(smoke) == weights_of(tmp_path)
+@pytest.fixture(scope='module')
+def again(smoke, tmp_path_factory):
+    "The same command on a copy of the finished run; what was there before it"
+    folder = shutil.copytree(smoke, tmp_path_factory.mktemp('again'), dirs_exist_ok=True)
+    before = content(folder/'runs/tiny')
+    done = papermill('06_distill', folder, 'again.ipynb', **SMOKE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, before
+
+def test_papermill_shows_a_finished_run_again(smoke, again):
+    folder, before = again
+    text = (folder/'again.ipynb').read_text()
+    assert content(folder/'runs/tiny') == before == content(smoke/'runs/tiny')
+    assert 'nothing is made again' in text and 'student, 1' in text and text.count('image/png') >= 3
+    done = json.loads((folder/'runs/tiny/done.json').read_text())
+    assert done['metrics']['fd'] and set(done['files']) == {'generator.json', 'generator.safetensors', 'results.json', 'samples.png'}
+
+def test_the_same_command_twice_gives_the_same_numbers(smoke, again, tmp_path):
+    "The training by the program without its notebook; the evaluation by the notebook, on the finished run, as after a kill before the end of it"
+    assert weights_of(smoke) == weights_of(distilled(tmp_path, **SMOKE))
+    folder, _ = again
+    (folder/'runs/tiny/samples.png').unlink()
+    done = papermill('06_distill', folder, 'third.ipynb', **SMOKE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder/'runs/tiny/samples.png').exists()
+    assert results_of(smoke)['seconds']['total'] != results_of(folder)['seconds']['total'] # it was made again
+    for key in KEYS - {'seconds'}: assert results_of(smoke)[key] == results_of(folder)[key], key
+    assert weights_of(smoke) == weights_of(folder)
 
 def test_by_default_the_cores_share_the_work(smoke, by_default, two, tmp_path):
     "nproc=0 is as many processes as cores and classes allow; the same number of processes gives the same numbers"
@@ -87,7 +112,7 @@ def test_by_default_the_cores_share_the_work(smoke, by_default, two, tmp_path):
     again = two
     if number != 2: # on a computer with another number of cores
         again = tmp_path
-        assert papermill('06_distill', again, **{**SMOKE, 'nproc': number}).returncode == 0
+        assert papermill('06_distill', again, **{**SMOKE, 'nproc': number, 'monitor_every': 0}).returncode == 0
     for key in KEYS - {'seconds'}: assert results_of(by_default)[key] == results_of(again)[key], key
     assert weights_of(by_default) == weights_of(again)
     one, several = (results_of(f) for f in (smoke, by_default)) # the processes share the evaluation, too

@@ -19,6 +19,9 @@ def heed():
     "In the new program: signals as at a terminal, also if the tests themselves run in the background or under nohup"
     for name in (signal.SIGINT, signal.SIGHUP): signal.signal(name, signal.SIG_DFL)
 
+@pytest.fixture(scope='module', autouse=True)
+def on_few_latents(few_latents): SMALL['latents'] = few_latents
+
 def begin(way, folder, fork=False):
     "Start a run that only a signal ends (with `fork`, without its imports); returns it and all its processes once it has made steps"
     option = (lambda k: ['-p', k]) if 'papermill' in way else (lambda k: [f'--{k}'])
