@@ -58,6 +58,13 @@ def forever(folder):
     def wait(step, row, average): print('step', step, flush=True); time.sleep(.05)
     distill(teacher(), store(), config(steps=100_000), folder=folder, callback=wait)
 
+def few_images(job):
+    "A row of the ablations, judged by 20 images of each class, where 500 are the default"
+    from drift_rae import ablations
+    from drift_rae.parts.bench import EVALUATION
+    EVALUATION['per_class'] = 20
+    return ablations._run_and_store(job)
+
 # --- a program that forks runs and kills them: importing torch once costs more than all the runs
 def attempt(folder, rank, world, store_file, suicide):
     "One process of a run; with `suicide` it kills itself while it writes its checkpoint after so many bytes"

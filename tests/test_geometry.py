@@ -210,23 +210,23 @@ import sys
 from pathlib import Path
 from drift_rae.worlds.measure import _measure_rank, measure_store
 def kilobytes(name): return int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1])
-measure_store(sys.argv[3], sys.argv[4]) # whatever is loaded or allocated once is there now
-open('/proc/self/clear_refs', 'w').write('5') # forget the peak so far, which is that of the imports
-before = kilobytes('VmRSS')
-_measure_rank(0, store=sys.argv[1], folder=Path(sys.argv[2]), todo=list(range(int(sys.argv[5]))), world=1, device='cpu') # without the records that measure_store returns
-print(kilobytes('VmHWM') - before)
+at = Path(sys.argv[1])
+measure_store(at/'first', at/'warm') # whatever is loaded or allocated once is there now
+for classes in (1, 10):
+    open('/proc/self/clear_refs', 'w').write('5') # forget the peak so far, which is that of the imports or of what came before
+    before = kilobytes('VmRSS')
+    _measure_rank(0, store=at/f'store{classes}', folder=at/f'classes{classes}', todo=list(range(classes)), world=1, device='cpu') # without the records that measure_store returns
+    print('held', kilobytes('VmHWM') - before)
 '''
     from programs import environment
     # what is freed goes back to the system at once, so that the peak is what was held and not how the allocator keeps it
-    peak, plain = [], {**environment(), 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'}
-    small_store(tmp_path/'first', counts=(60,), shape=(64, 16, 16))
-    for classes in (1, 10):
-        small_store(tmp_path/f'store{classes}', counts=(60,)*classes, shape=(64, 16, 16))
-        done = subprocess.run([sys.executable, '-c', code, str(tmp_path/f'store{classes}'), str(tmp_path/f'classes{classes}'),
-            str(tmp_path/'first'), str(tmp_path/f'warm{classes}'), str(classes)], env=plain, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        peak.append(int(done.stdout.splitlines()[-1])/1024)
-    assert peak[1] - peak[0] < 30, peak # nine more classes are 35 MB in float32, and as much again centred
+    plain = {**environment(), 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'}
+    for name, classes in (('first', 1), ('store1', 1), ('store10', 10)):
+        small_store(tmp_path/name, counts=(60,)*classes, shape=(64, 16, 16))
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, ten = (int(line.split()[1])/1024 for line in done.stdout.splitlines() if line.startswith('held'))
+    assert ten - one < 30, (one, ten) # nine more classes are 35 MB in float32, and as much again centred
 
 def test_the_middle_of_the_trajectories():
     frames = torch.zeros(10, 3, 3)

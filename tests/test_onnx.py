@@ -61,26 +61,34 @@ def test_names_types_and_opset(session):
     assert [(o.domain, o.version) for o in model.opset_import] == [('', exporter.OPSET)]
 
 
-@pytest.mark.parametrize('n', [1, 3, 10])
-def test_the_teachers_velocity(runtime, tmp_path, n):
-    teacher = load_teacher('tiny').train() # exported in evaluation mode, and left in training mode
-    session = runtime.InferenceSession(exporter.export_velocity(teacher, tmp_path/'teacher.onnx'))
+@pytest.fixture(scope='module')
+def velocity(runtime, tmp_path_factory):
+    "The teacher and its file; exported in evaluation mode, and left in training mode"
+    teacher = load_teacher('tiny').train()
+    path = exporter.export_velocity(teacher, tmp_path_factory.mktemp('velocity')/'teacher.onnx')
     assert all(m.training for m in teacher.modules())
+    return runtime.InferenceSession(path), teacher.eval()
+
+
+@pytest.mark.parametrize('n', [1, 3, 10])
+def test_the_teachers_velocity(velocity, n):
+    session, teacher = velocity
     x, t = torch.randn(n, 32, 4, 4, generator=stream(n, 'x')), torch.rand(n, generator=stream(n, 't'))
     label = torch.arange(n) + (n < 10) # the null label too
     label[0] = teacher.null_label
-    with torch.no_grad(): wanted = teacher.eval()(x, t, label)
+    with torch.no_grad(): wanted = teacher(x, t, label)
     torch.testing.assert_close(ran(session, x=x, t=t, label=label), wanted, atol=1e-5, rtol=0)
 
 
 def test_a_generator_with_sd_vae(runtime, tmp_path):
     pytest.importorskip('diffusers', reason='diffusers is not installed: pip install drift-rae[sdvae]')
     torch.manual_seed(0)
-    small = {**sdvae.SD_VAE, 'block_out_channels': [8, 8, 16, 16], 'norm_num_groups': 4, 'layers_per_block': 1,
-             'sample_size': 32}
-    vae = sdvae.PatchedSDVAE(sdvae.sd_network(small), False, .18215, 32).eval()
+    halves = {k: sdvae.SD_VAE[k][:2] for k in ('down_block_types', 'up_block_types')}
+    small = {**sdvae.SD_VAE, **halves, 'block_out_channels': [8, 16], 'norm_num_groups': 4, 'layers_per_block': 1,
+             'sample_size': 16}
+    vae = sdvae.PatchedSDVAE(sdvae.sd_network(small), False, .18215, 16).eval()
     c, side, _ = vae.latent_shape
-    model = DiTDH(**{**preset('tiny'), 'input_size': side, 'in_channels': c})
+    model = DiTDH(**{**preset('tiny'), 'input_size': side, 'in_channels': c, 'depth': [1, 1]})
     for p in model.parameters(): p.data += .02*torch.randn(p.shape) # the last layer starts at zero
     generator = OneStepGenerator(model, vae)
     session = runtime.InferenceSession(generator.export_onnx(tmp_path/'generator.onnx'))

@@ -206,16 +206,25 @@ def test_a_line_that_is_not_run_is_understood(line):
 def python_blocks(text): return re.findall(r'(?ms)^```python\n(.*?)^```', text)
 
 
-def test_the_commands_of_chapter_and_readme_run(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path/'PICTURES').symlink_to(pictures)
+@pytest.fixture(scope='module')
+def commanded(pictures, tmp_path_factory):
+    "A folder in which every command of chapter and README has run, with few updates"
+    folder = tmp_path_factory.mktemp('commanded')
+    (folder/'PICTURES').symlink_to(pictures)
     wanted = [line for line in lines() if not why_not(line)]
     assert all(line.startswith('drift_rae ') for line in wanted), wanted
     names = [shlex.split(line)[1] for line in wanted]
     assert sorted(names) == ['distill', 'encode', 'evaluate', 'fid', 'run', 'sample', 'teach'], 'each once'
-    for line, name in zip(wanted, names):
-        try: main(shlex.split(line + FEW.get(name, ''))[1:])
-        except SystemExit as e: pytest.fail(f'{line}: exit code {e.code}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line, name in zip(wanted, names):
+            try: main(shlex.split(line + FEW.get(name, ''))[1:])
+            except SystemExit as e: pytest.fail(f'{line}: exit code {e.code}')
+    return folder
+
+
+def test_the_commands_of_chapter_and_readme_run(commanded, monkeypatch):
+    monkeypatch.chdir(commanded)
     for folder in ('RUN', 'GENERATOR'):
         generator = OneStepGenerator.from_pretrained(folder)
         assert generator.about['class_names'] == ['blue', 'green', 'red'] and generator.sample([2]).shape == (1, 3, 16, 16)
@@ -226,12 +235,13 @@ def test_the_commands_of_chapter_and_readme_run(pictures, tmp_path, monkeypatch)
         assert tuple(space[name].shape) == shape and 0 <= space[name].min() and space[name].max() <= 1
 
 
-def test_a_second_run_makes_nothing(pictures, tmp_path, capsys):
+def test_a_second_run_makes_nothing(commanded, monkeypatch, capsys):
+    "After the chapter's `drift_rae run PICTURES --out RUN`, with the same options"
+    monkeypatch.chdir(commanded)
     options = dict(encoder_steps=2, decoder_steps=2, teach_steps=2, steps=2, size=16, nproc=1)
-    first = run(str(pictures), str(tmp_path/'run'), **options)
-    before = (tmp_path/'run'/'generator.safetensors').stat().st_mtime_ns
-    capsys.readouterr()
-    assert run(str(pictures), str(tmp_path/'run'), **options) == first
+    generator, found = Path('RUN/generator.safetensors'), json.loads(Path('RUN/results.json').read_text())
+    before = generator.stat().st_mtime_ns
+    assert run('PICTURES', 'RUN', **options) == found
     assert capsys.readouterr().out.count('nothing is made again') == 3
-    assert (tmp_path/'run'/'generator.safetensors').stat().st_mtime_ns == before
-    with pytest.raises(ParameterError, match='holds another run'): run(str(pictures), str(tmp_path/'run'), **{**options, 'seed': 1})
+    assert generator.stat().st_mtime_ns == before
+    with pytest.raises(ParameterError, match='holds another run'): run('PICTURES', 'RUN', **{**options, 'seed': 1})

@@ -51,7 +51,7 @@ def contributions(
 def _root_of(features, statistics):
     "A root [D, r] of a covariance, from the features where they are few, else from the moments"
     if features is not None and len(features) <= features.shape[1]: return _centred(features).T
-    return _factor(statistics.sigma)
+    return _factor(statistics)
 
 # %% ../../nbs/commands/03_fid.ipynb #06161aef
 def frechet_error(

@@ -8,6 +8,7 @@ __all__ = ['as_features', 'FeatureStatistics', 'check_moments', 'statistics', 'f
 
 # %% ../../nbs/metrics/01_frechet.ipynb #5379f90a
 from dataclasses import dataclass
+from functools import wraps
 import torch
 from torch import Tensor
 from ..engine.parameters import (
@@ -87,18 +88,39 @@ def statistics(
         sigma = sigma + (centred*w[i:i+4096, None]).T @ centred
     return FeatureStatistics(mu, (sigma + sigma.T)/(2*(n-1)), n)
 
-# %% ../../nbs/metrics/01_frechet.ipynb #5f2cf6be
-def _factor(sigma):
-    "L with L L^T = sigma: Cholesky, or by eigenvectors where sigma is singular"
-    L, info = torch.linalg.cholesky_ex(sigma)
-    if not info: return L
-    values, vectors = torch.linalg.eigh(sigma)
-    return vectors*values.clamp(min=0).sqrt()
+# %% ../../nbs/metrics/01_frechet.ipynb #979be918
+def _once(f):
+    "A function of FeatureStatistics whose result is kept with them"
+    @wraps(f)
+    def kept(s):
+        if f.__name__ not in s.__dict__: s.__dict__[f.__name__] = f(s)
+        return s.__dict__[f.__name__]
+    return kept
 
-def _trace_of_root(sigma1, sigma2):
-    "tr (sigma1 sigma2)^(1/2)"
-    L = _factor(sigma1)
-    return torch.linalg.eigvalsh(L.T @ sigma2 @ L).clamp(min=0).sqrt().sum()
+# %% ../../nbs/metrics/01_frechet.ipynb #0cc025ad
+@_once
+def _eigen(s):
+    "Eigenvalues of the covariance, none below 0, and eigenvectors"
+    values, vectors = torch.linalg.eigh(s.sigma)
+    return values.clamp(min=0), vectors
+
+@_once
+def _values(s):
+    "Eigenvalues of the covariance, none below 0; with eigenvectors where `_factor` needs them"
+    if '_eigen' in s.__dict__ or 0 < s.n <= len(s.sigma): return _eigen(s)[0]
+    return torch.linalg.eigvalsh(s.sigma).clamp(min=0)
+
+# %% ../../nbs/metrics/01_frechet.ipynb #5f2cf6be
+@_once
+def _factor(s):
+    "L with L L^T = covariance: Cholesky, or by eigenvectors where it is singular"
+    L, info = torch.linalg.cholesky_ex(s.sigma)
+    return _eigen(s)[1]*_eigen(s)[0].sqrt() if info else L
+
+def _trace_of_root(a, b):
+    "tr (sigma1 sigma2)^(1/2) of two FeatureStatistics"
+    L = _factor(a)
+    return torch.linalg.eigvalsh(L.T @ b.sigma @ L).clamp(min=0).sqrt().sum()
 
 # %% ../../nbs/metrics/01_frechet.ipynb #f120a573
 def _distance_of_moments(a, b):
@@ -108,7 +130,7 @@ def _distance_of_moments(a, b):
         raise ParameterError(f"statistics of {len(a.mu)} and of {len(b.mu)} dimensions: "
                              f"they come from different extractors")
     mu = a.mu - b.mu
-    root = _trace_of_root(a.sigma, b.sigma)
+    root = _trace_of_root(a, b)
     return max(0., float(mu@mu + a.sigma.trace() + b.sigma.trace() - 2*root))
 
 # %% ../../nbs/metrics/01_frechet.ipynb #fc711080
@@ -126,6 +148,13 @@ def _distance_of_data(a, b):
     root = torch.linalg.svdvals(A@B.T).sum()
     return max(0., float(mu@mu + (A**2).sum() + (B**2).sum() - 2*root))
 
+# %% ../../nbs/metrics/01_frechet.ipynb #6f838bae
+def _distance_to_moments(x, s):
+    "Frechet distance of features with no more rows than dimensions to FeatureStatistics"
+    A, mu = _root(x), x.double().mean(0) - s.mu
+    root = torch.linalg.svdvals(A@_factor(s)).sum()
+    return max(0., float(mu@mu + (A**2).sum() + s.sigma.trace() - 2*root))
+
 # %% ../../nbs/metrics/01_frechet.ipynb #261bd186
 def _as_statistics(x): return x if isinstance(x, FeatureStatistics) else statistics(x)
 
@@ -135,10 +164,15 @@ def frechet_distance(
     b, # features [M, D] or their FeatureStatistics
 )->float: # squared 2-Wasserstein distance of the two Gaussians with these moments
     "The Frechet distance of FID and FD_DINOv2, in float64 by symmetric eigenvalues"
-    known = isinstance(a, FeatureStatistics) or isinstance(b, FeatureStatistics)
-    if not known:
+    known = [isinstance(s, FeatureStatistics) for s in (a, b)]
+    if not any(known):
         a, b = _pair(a, b)
         if min(len(a), len(b)) <= a.shape[1]: return _distance_of_data(a, b)
+    elif not all(known):
+        x, s, name = (b, a, 'first') if known[0] else (a, b, 'second')
+        x = as_features(x)
+        check_moments(s, f'the {name} statistics')
+        if len(x) <= x.shape[1] == len(s.mu): return _distance_to_moments(x, s)
     return _distance_of_moments(_as_statistics(a), _as_statistics(b))
 
 # %% ../../nbs/metrics/01_frechet.ipynb #4b02786c
@@ -151,7 +185,7 @@ def frechet_bias(
     check_real(1, n=n)
     check_real(0, n_real=n_real)
     s = _as_statistics(real)
-    value = torch.linalg.eigvalsh(s.sigma).clamp(min=0)
+    value = _values(s)
     tiny = torch.finfo(value.dtype).tiny
     pairs = value[:, None]*value/(value[:, None] + value).clamp(min=tiny)
     one = value.sum() + .5*(pairs.sum() + .5*value.sum())
@@ -160,16 +194,14 @@ def frechet_bias(
 # %% ../../nbs/metrics/01_frechet.ipynb #36da9c93
 def _resampled(x, s, repeats, seed):
     "Distances of x to the statistics s: (of x itself, of resampled sets [repeats])"
-    L, g = _factor(s.sigma), stream(seed, 'bootstrap')
-    def distance(weights=None):
-        t = statistics(x, weights)
-        root = torch.linalg.eigvalsh(L.T @ t.sigma @ L).clamp(min=0).sqrt().sum()
+    g = stream(seed, 'bootstrap')
+    def distance(rows):
+        if len(x) <= x.shape[1]: return _distance_to_moments(x[rows], s)
+        t = statistics(x, torch.bincount(rows, minlength=len(x)))
+        root = _trace_of_root(s, t)
         return float(((t.mu - s.mu)**2).sum() + t.sigma.trace() + s.sigma.trace() - 2*root)
-    again = []
-    for _ in range(repeats):
-        rows = torch.randint(len(x), (len(x),), generator=g)
-        again.append(distance(torch.bincount(rows, minlength=len(x))))
-    return distance(), torch.tensor(again, dtype=torch.float64)
+    again = [distance(torch.randint(len(x), (len(x),), generator=g)) for _ in range(repeats)]
+    return distance(torch.arange(len(x))), torch.tensor(again, dtype=torch.float64)
 
 # %% ../../nbs/metrics/01_frechet.ipynb #b037ed6b
 def frechet_interval(

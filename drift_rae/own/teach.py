@@ -127,7 +127,7 @@ def teach(
     start_flow(model, out, seed, steps, batch, precision=precision, resume=resume,
                nproc=flow_processes(model, batch, nproc), latents=str(latents),
                autoencoder=of,
-               monitor_every=max(1, steps//4), samples=60 if model in SMALL else 0)
+               monitor_every=max(min(steps, 4), steps//4), samples=60 if model in SMALL else 0)
     return str(Path(out)/'teacher.safetensors')
 
 if __name__ == '__main__' and '__file__' in globals(): run_command(teach)
