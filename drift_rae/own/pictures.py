@@ -170,11 +170,12 @@ def _emoji_pictures(package, size):
     expected = f'expected the unpacked package emoji-datasource-twitter, {size} pixels'
     table, folders = package/'emoji.json', sorted((package/'img').glob(f'*/{size}'))
     if not table.is_file() or not folders: raise ParameterError(f'{package}: {expected}')
-    try: rows = [(e['category'], Path(e['image']).name) for e in json.loads(table.read_bytes())]
-    except (ValueError, TypeError, KeyError) as e: # a name is never a path out of the folder
+    try: # a name is never a path out of the folder
+        found = [(EMOJI[row['category']], folders[0]/Path(row['image']).name)
+                 for row in json.loads(table.read_bytes()) if row['category'] in EMOJI]
+    except (ValueError, TypeError, KeyError) as e:
         raise ParameterError(f'{table} is damaged ({e!r}): {expected}') from e
-    found = [(EMOJI[c], folders[0]/name) for c, name in rows if c in EMOJI]
-    found = [(c, picture) for c, picture in found if picture.is_file()]
+    found = [(name, picture) for name, picture in found if picture.is_file()]
     if not found: raise ParameterError(f'{folders[0]} has no picture of {table}: {expected}')
     return found
 
