@@ -6,14 +6,16 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import tarfile
 import time
 
 import pytest
 import timm
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
+from drift_rae.autoencoder import RAE
 from drift_rae.engine.files import load_weights, read_json, save_weights, sha256_of, weights_path
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.flow import load_teacher
@@ -117,8 +119,8 @@ def test_measures_of_variety_and_memory():
 def made(packages, tmp_path_factory):
     "A folder of the whole command: a random encoder, one or two updates of everything"
     place, patch = tmp_path_factory.mktemp('world'), pytest.MonkeyPatch()
-    weights = place/'encoder.safetensors'
-    save_weights(weights, timm.create_model('test_efficientnet').state_dict(), {})
+    weights = place/'encoder.pth'
+    torch.save(timm.create_model('test_efficientnet').state_dict(), weights)
     patch.setattr(second, 'LITE0_SHA256', sha256_of(weights))
     patch.setattr(second, 'ENCODER', dict(encoder='timm:test_efficientnet', layers='1,2', size=64, view=64, grid=4,
                                           channels=16))
@@ -151,7 +153,7 @@ def test_what_was_measured_is_not_measured_again(made, monkeypatch):
 
 
 def test_a_command_that_was_not_begun_is_not_continued(packages, tmp_path, made):
-    weights = made[0].parent/'encoder.safetensors'
+    weights = made[0].parent/'encoder.pth'
     with pytest.raises(ParameterError, match='nothing was begun in .*none'):
         second.world(str(tmp_path/'none'), str(packages), str(weights), resume='must')
     with pytest.raises(ParameterError, match='sha256'): # before the pictures are made
@@ -167,28 +169,38 @@ def test_generators_measured_side_by_side_have_the_same_metrics(made):
     assert found == {n: rows[f'student {n}'] for n in 'AC'} and list(found) == ['A', 'C']
 
 
-def test_publish_writes_what_the_chapter_and_the_package_read(made, tmp_path):
-    home, rows = made
-    found = second.publish(home, tmp_path/'results', tmp_path/'weights')
-    stored = json.loads((tmp_path/'results/emoji.json').read_text())
+@pytest.fixture(scope='module')
+def published(made, tmp_path_factory):
+    """What `publish` writes of that folder, results and weights, and what it returns. The folder then has the weights of
+    the encoder's network where the tables look for them"""
+    home, _ = made
+    place = tmp_path_factory.mktemp('published')
+    found = second.publish(home, place/'results', place/'weights')
+    shutil.copy(home.parent/'encoder.pth', home/'efficientnet-lite0.pth')
+    return place, found
+
+
+def test_publish_writes_what_the_chapter_and_the_package_read(made, published):
+    (home, rows), (place, found) = made, published
+    stored = json.loads((place/'results/emoji.json').read_text())
     assert stored == json.loads(json.dumps(found)) and stored['rows'].keys() == rows.keys()
     assert stored['steps'] == dict(decoder=2, judge=2, teacher=2, student=1)
-    assert str(home.parent) not in (tmp_path/'results/emoji.json').read_text()
+    assert str(home.parent) not in (place/'results/emoji.json').read_text()
     whole = OneStepGenerator.from_pretrained(home/'students/c_0.0001_0')
-    half = OneStepGenerator.from_pretrained(tmp_path/'weights')
+    half = OneStepGenerator.from_pretrained(place/'weights')
     a, b = (g.sample(['disc', 'bar'], seed=3) for g in (whole, half))
     assert a.shape == (2, 3, 64, 64) and (a - b).abs().max() < .01
-    files = [(tmp_path/'weights/generator.safetensors', home/'students/c_0.0001_0/generator.safetensors'),
-             (tmp_path/'weights/teacher.safetensors', home/'teacher/teacher.safetensors')]
+    files = [(place/'weights/generator.safetensors', home/'students/c_0.0001_0/generator.safetensors'),
+             (place/'weights/teacher.safetensors', home/'teacher/teacher.safetensors')]
     for small, large in files: assert small.stat().st_size < .6*large.stat().st_size
     assert str(home.parent).encode() not in files[0][0].read_bytes()
     teacher = load_teacher(files[1][0], 'mini')
     assert teacher.shift == load_teacher(files[1][1], 'mini').shift
-    assert load_picture_judge(tmp_path/'weights')(a).shape == (2, 2)
-    latents = load_weights(tmp_path/'results/emoji_latents.safetensors')[0]['latents']
+    for name in second.JUDGES: assert load_picture_judge(place/'weights', name)(a).shape == (2, 2)
+    latents = load_weights(place/'results/emoji_latents.safetensors')[0]['latents']
     assert latents.shape == (6, 16, 4, 4) and latents.dtype == torch.float16
-    assert Image.open(tmp_path/'results/emoji_pictures.png').size == (192, 128)
-    for folder in ('results/emoji_', 'weights/'): assert 'drawn by a test' in (tmp_path/f'{folder}ATTRIBUTION.txt').read_text()
+    assert Image.open(place/'results/emoji_pictures.png').size == (192, 128)
+    for folder in ('results/emoji_', 'weights/'): assert 'drawn by a test' in (place/f'{folder}ATTRIBUTION.txt').read_text()
 
 
 def test_publish_says_what_is_missing(tmp_path):
@@ -206,14 +218,18 @@ def test_the_shipped_generator_draws_by_name_in_two_seconds():
     with pytest.raises(ParameterError, match='label .* accepted'): generator.sample('dragon')
 
 
-def test_a_row_of_the_papers_tables_runs_in_the_second_world(made, tmp_path):
-    home, _ = made
-    bench, search = tables.world_bench(str(home)), tables.world_search(home, steps=4, images=(7, 6))
+def test_a_row_of_the_papers_tables_runs_in_the_second_world(made, published, tmp_path):
+    home, weights = made[0], published[0]/'weights'
+    bench, search = tables.world_bench(str(home), str(weights)), tables.world_search(home, 4, (7, 6), weights)
+    whole = RAE.from_pretrained(home/'latents/autoencoder')
+    some = bench.pictures()[:20]
+    assert torch.equal(bench.rae.encode(some), whole.encode(some))
+    assert (bench.rae.decode(bench.store.latents[:20]) - whole.decode(bench.store.latents[:20])).abs().max() < .01
     assert (bench.classes, bench.store.latent_shape) == (2, (16, 4, 4)) and len(bench.balls) == 90
     row = Row('3', 'A', (4, 4, 0), 'n_class=2', 'a')
     run = stored_run(row, 1, SEARCH_SEED, bench, tmp_path, search)
     assert {a: list(r) for a, r in run['reads'].items()} == {a: ['4', '8', '12', '16'] for a in ('fast', 'slow')}
-    assert run['figures']['n'] == 14 and run['recipe']['weights'] == measure.home_digests(home)
+    assert run['figures']['n'] == 14 and run['recipe']['weights'] == tables.world_digests(str(weights))
     assert run['recipe']['steps'] == 4 and run['recipe']['lr'] == [3e-4, 3e-6] and run['judges'] == {}
     reported = run_tuned(row, 1, 10, bench, 6, ('fast', 8), search)
     assert reported['judges']['first']['fd'] == pytest.approx(reported['reads']['fast']['8']['fd'], rel=1e-4)
@@ -222,6 +238,21 @@ def test_a_row_of_the_papers_tables_runs_in_the_second_world(made, tmp_path):
     assert len(searched(row, tmp_path, search)) == 8
     other = dataclasses.replace(search, recipe=functools.partial(tables.world_recipe, (('judge', 'another'),)))
     assert stored_run(row, 1, SEARCH_SEED, None, tmp_path, other) is None
+
+
+def test_other_pictures_and_another_encoder_are_refused(made, published, tmp_path):
+    home, whole, other = made[0], published[0]/'weights', tmp_path/'home'
+    shutil.copytree(home/'pictures', other/'pictures')
+    for path in (other/'pictures/train').rglob('*.png'): ImageOps.invert(Image.open(path)).save(path)
+    shutil.copy(home/'efficientnet-lite0.pth', other)
+    with pytest.raises(ParameterError, match='accepted are the pictures of these weights'): tables.WorldBench(other, whole)
+    weights = tmp_path/'weights'
+    shutil.copytree(whole, weights)
+    fitted, config = load_weights(weights/'encoder.safetensors')
+    save_weights(weights/'encoder.safetensors', fitted, dict(config, layers=[0, 1]))
+    with pytest.raises(ParameterError, match='was fitted for .* accepted'): tables.WorldBench(home, weights)
+    (other/'pictures/train/bar').joinpath('broken.png').write_bytes(b'no picture')
+    with pytest.raises(ParameterError, match='1 pictures cannot be read, such as .*broken.png'): tables.WorldBench(other, whole)
 
 
 def test_the_command_of_the_tables_names_what_it_accepts(capsys):

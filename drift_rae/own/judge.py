@@ -146,10 +146,11 @@ def _finished(judge, pixels, folder):
 
 # %% ../../nbs/own/09_judge.ipynb #90fbd448
 def load_picture_judge(
-    folder:str|Path, # with judge.safetensors
+    folder:str|Path, # of train_picture_judge
+    name:str='judge', # of the file, without its ending
 )->PictureJudge: # frozen, in evaluation mode
     "Read a judge; `ParameterError` if the file is missing or does not fit"
-    path = Path(folder)/'judge.safetensors'
+    path = Path(folder)/f'{name}.safetensors'
     weights, config = load_weights(path)
     return fill(PictureJudge(**config), weights, path).eval().requires_grad_(False)
 
