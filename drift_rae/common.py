@@ -67,7 +67,7 @@ def common_sign(
     return sign_of(claim, [x.mean() for x in found])
 
 # %% ../nbs/08c_common.ipynb #5735868d
-SIGNS = {'paper': "the paper's", 'opposite': 'the opposite'} # words of the table; others as they are
+SIGNS = {'paper': "the paper's", 'opposite': 'the opposite'} # in the table
 
 def common_table(
     caption:str, # text below the table
