@@ -61,7 +61,8 @@ class Browser:
         else: raise RuntimeError('chromium did not start')
         self.numbers, self.events = count(1), []
         self.socket = create_connection(address[0], timeout=60)
-        target = self.call('Target.createTarget', url='about:blank')['targetId']
+        # a tab in the background is laid out when it is asked, and not painted, which nobody would look at
+        target = self.call('Target.createTarget', url='about:blank', background=True)['targetId']
         self.session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
         for domain in ('Page', 'Runtime', 'Log'): self.call(f'{domain}.enable')
         return self

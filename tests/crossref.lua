@@ -1,6 +1,7 @@
 -- What Quarto does with @fig-x, @tbl-x and @sec-x in a website: a link with a number to a label of the same
--- page; any other label is shown as "?@fig-x". Used by pages.py only.
-local numbers, counts = {}, {fig = 0, tbl = 0, sec = 0}
+-- page; any other label is shown as "?@fig-x". What is left are citations: pandoc's --citeproc, which takes a quarter
+-- of pandoc's time, only for a page that has some. Used by pages.py only.
+local numbers, counts, cited = {}, {fig = 0, tbl = 0, sec = 0}, false
 local words = {fig = "Figure", tbl = "Table", sec = "Section"}
 
 local function note(kind)
@@ -29,4 +30,9 @@ local function refer(cite)
   return out
 end
 
-return {{Figure = note("fig"), Image = note("fig"), Div = note("fig"), Table = note("tbl"), Header = note("sec")}, {Cite = refer}}
+local function cites() cited = true end
+
+local function resolve(page) return cited and pandoc.utils.citeproc(page) or nil end
+
+return {{Figure = note("fig"), Image = note("fig"), Div = note("fig"), Table = note("tbl"), Header = note("sec")}, {Cite = refer},
+  {Cite = cites}, {Pandoc = resolve}}

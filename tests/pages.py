@@ -4,6 +4,7 @@ pandoc (which Quarto is made of) with the site's bibliography, filter and style 
 import ast
 import base64
 import fcntl
+import gc
 import json
 import os
 import re
@@ -77,7 +78,9 @@ class Page:
     @cached_property
     def html(self):
         from bs4 import BeautifulSoup
-        return BeautifulSoup(self.path.read_text(), 'html.parser')
+        gc.disable() # it would look for garbage among all the tags again and again: half of the time
+        try: return BeautifulSoup(self.path.read_text(), 'html.parser')
+        finally: gc.enable()
 
     @cached_property
     def tags(self):
@@ -202,7 +205,8 @@ def process(house):
     for name in ('nbs', 'drift_rae'): shutil.copytree(ROOT/name, house/name, symlinks=True, ignore=skip)
     for name in ('settings.ini', 'README.md', '_quarto.yml'): shutil.copy(ROOT/name, house/name)
     env = {**os.environ, 'PYTHONPATH': str(house), 'OMP_NUM_THREADS': '1'}
-    code = 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=2)'
+    # in one process, whose end is cut short: each notebook's shell would collect all garbage once more when Python ends
+    code = 'import os; from nbdev.serve import proc_nbs; proc_nbs(n_workers=0); os._exit(0)'
     done = subprocess.run([sys.executable, '-c', code], cwd=house, env=env, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-3000:])
     return house/'_proc'
@@ -214,7 +218,7 @@ def pandoc(markdown, page, folder, proc):
     depth = os.path.relpath(folder, page.path.parent)
     command = [pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html5', '--standalone', '--mathml', '--wrap=preserve',
         '--lua-filter', proc/'equations.lua', '--lua-filter', Path(__file__).with_name('crossref.lua'),
-        '--citeproc', '--bibliography', proc/'references.bib', '-M', 'link-citations=true',
+        '--bibliography', proc/'references.bib', '-M', 'link-citations=true',
         '--css', f'{depth}/styles.css', '--template', folder/'template.html', '-o', page.path]
     head = yaml.safe_dump({k: v for k, v in page.front.items() if k != 'output-file'} | {'pagetitle': page.front.get('title', '')})
     done = subprocess.run(list(map(str, command)), input=f'---\n{head}---\n\n{markdown}', cwd=page.path.parent, capture_output=True, text=True)

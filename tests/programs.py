@@ -1,13 +1,16 @@
 """Python programs as a person starts them, for all tests. Importing torch, papermill and Jupyter takes longer than many
 of the programs that tests start, so one process per test process imports them (and nothing of drift_rae), and each
 program is a fork of it: the same code, with its own folder, environment, output and exit code. The kernel that papermill
-starts is a fork, too."""
+starts is a fork, too, and so are the fork server of a program's workers and the processes of torchrun."""
 import atexit
+import gc
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,8 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ('torch', 'torch._dynamo', 'torch.distributed.run', 'timm', 'safetensors.torch', 'scipy.linalg', 'papermill.cli',
-            'papermill.iorw', 'papermill.engines', 'nbclient', 'jupyter_client', 'ipykernel.kernelapp', 'ipykernel.ipkernel')
+            'papermill.iorw', 'papermill.engines', 'nbclient', 'jupyter_client', 'ipykernel.kernelapp', 'ipykernel.ipkernel',
+            'sklearn.datasets', 'sklearn.model_selection', 'sklearn.neighbors', 'matplotlib.pyplot')
 
 
 def environment(**more):
@@ -124,37 +128,36 @@ def settle(cwd, env):
     os.environ.clear()
     os.environ.update(env)
     sys.path[:] = [*filter(None, env.get('PYTHONPATH', '').split(os.pathsep)), *PATHS]
+    import matplotlib
+    if 'MPLBACKEND' in env: matplotlib.rcParams['backend'] = env['MPLBACKEND'] # it is read when matplotlib is imported
 
 
-class Kernel(Started):
-    "A fork that waits until papermill starts its kernel, and then is that kernel: the Popen that jupyter_client makes"
+class Waiting(Started):
+    "A fork, made while its parent has no threads yet, that waits to be told which function to call; it ends with its parent"
     stdin = stdout = stderr = None
 
-    def __init__(self):
-        read, self.told = os.pipe()
+    def __init__(self, group=False):
+        self.told, hears = socket.socketpair()
         self.pid = os.fork()
         if self.pid:
-            os.close(read)
-            while os.getpgid(self.pid) != self.pid: time.sleep(.001) # jupyter_client sends signals to this group
+            hears.close()
+            while group and os.getpgid(self.pid) != self.pid: time.sleep(.001) # signals are sent to this group
             return
-        os.setsid()
-        os.close(self.told)
-        with open(read) as f: order = f.read()
-        if order: self.become(**json.loads(order))
-        os._exit(0)
+        self.told.close()
+        if group: os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN) # of the parent's group
+        order, files, *_ = socket.recv_fds(hears, 2**20, 4)
+        while more := hears.recv(2**20): order += more
+        hears.close()
+        if not order: os._exit(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        function, given = json.loads(order)
+        to_the_end(lambda: globals()[function](*files, **given))
 
-    def become(self, argv, cwd, env):
-        "The kernel, as `python -m ipykernel_launcher` runs it"
-        settle(cwd, env)
-        from ipykernel.kernelapp import launch_new_instance
-        launch_new_instance(argv=argv)
-
-    def start(self, command, cwd=None, env=None, **options):
-        "In place of jupyter_client.launcher.launch_kernel"
-        assert command[1:3] == ['-m', 'ipykernel_launcher'], command
-        env = dict(env or os.environ, JPY_PARENT_PID=str(os.getpid()))
-        parent = f'--IPKernelApp.parent_handle={os.getpid()}' # ipykernel reads the variable when it is imported
-        with open(self.told, 'w') as f: json.dump(dict(argv=[*command[3:], parent], cwd=str(cwd or os.getcwd()), env=env), f)
+    def tell(self, function, files=(), **given):
+        "Call a function of this file in the fork, with open files, which have other numbers there, and keywords"
+        socket.send_fds(self.told, [json.dumps((function, given)).encode()], list(files))
+        self.told.shutdown(socket.SHUT_WR) # later forks have copies of it
         return self
 
     def poll(self):
@@ -164,6 +167,62 @@ class Kernel(Started):
         return self.returncode
 
 
+def papermill_kernel(waiting):
+    "What starts papermill's kernel, in place of jupyter_client.launcher.launch_kernel"
+    def start(command, cwd=None, env=None, **options):
+        assert command[1:3] == ['-m', 'ipykernel_launcher'], command
+        env = dict(env or os.environ, JPY_PARENT_PID=str(os.getpid()))
+        parent = f'--IPKernelApp.parent_handle={os.getpid()}' # ipykernel reads the variable when it is imported
+        return waiting.tell('become_kernel', argv=[*command[3:], parent], cwd=str(cwd or os.getcwd()), env=env)
+    return start
+
+
+def become_kernel(argv, cwd, env):
+    "The kernel, as `python -m ipykernel_launcher` runs it"
+    settle(cwd, {'MPLBACKEND': 'module://matplotlib_inline.backend_inline', **env})
+    fork_servers_fork()
+    from ipykernel.kernelapp import launch_new_instance
+    launch_new_instance(argv=argv)
+    os._exit(0)
+
+
+def fork_servers_fork():
+    "Let the fork server of this process be a fork, which has imported what workers import"
+    from multiprocessing import util
+    waiting, start = [Waiting()], util.spawnv_passfds
+    def spawn(path, args, files):
+        if not waiting or 'multiprocessing.forkserver' not in args[-1]: return start(path, args, files)
+        return waiting.pop().tell('become_fork_server', (*files, 1, 2), args=[*map(os.fsdecode, args)], cwd=os.getcwd(), env=dict(os.environ)).pid
+    util.spawnv_passfds = spawn
+
+
+def become_fork_server(listener, alive, out, err, args, cwd, env):
+    "`python -c 'from multiprocessing.forkserver import main; main(...)'` with the numbers that its files have here"
+    for here, number in ((out, 1), (err, 2)): os.dup2(here, number)
+    settle(cwd, env)
+    sys.path.insert(0, '')
+    sys.orig_argv = args
+    exec(re.sub(r'main\(\d+, \d+', f'main({listener}, {alive}', args[-1], count=1), {})
+
+
+def torchrun_forks(number):
+    "Let the processes of torchrun be forks"
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as handler
+    waiting = [Waiting(group=True) for _ in range(number)]
+    def start(args, env, stdout, stderr, start_new_session):
+        assert args[1:3] == ('-u', '-m'), args
+        return waiting.pop().tell('become_worker', (stdout or 1, stderr or 2), argv=args[2:], cwd=os.getcwd(), env=env)
+    handler.Popen = start
+
+
+def become_worker(out, err, argv, cwd, env):
+    "`python -u *argv` with its output in open files"
+    for here, number in ((out, 1), (err, 2)): os.dup2(here, number)
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(write_through=True)
+    settle(cwd, env)
+    run_python(argv)
+
+
 def become(job):
     "In the fork: `python *argv`"
     for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -171,11 +230,16 @@ def become(job):
     where = {name: os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ('out', 'err')}
     for number, name in ((1, 'out'), (2, 'err')): os.dup2(where[name], number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    option, what, *rest = job['argv'] if job['argv'][0] in ('-c', '-m') else ('', *job['argv'])
-    sys.argv, sys.orig_argv = [option or what, *rest], [sys.executable, *job['argv']]
+    run_python(job['argv'])
+
+
+def run_python(argv):
+    "`python *argv` in this process"
+    option, what, *rest = argv if argv[0] in ('-c', '-m') else ('', *argv)
+    sys.argv, sys.orig_argv = [option or what, *rest], [sys.executable, *argv]
     if what == 'papermill':
         from jupyter_client.provisioning import local_provisioner
-        local_provisioner.launch_kernel = Kernel().start
+        local_provisioner.launch_kernel = papermill_kernel(Waiting(group=True))
         from papermill.cli import papermill as program
         program(args=rest, prog_name='papermill')
     elif option == '-c':
@@ -183,6 +247,8 @@ def become(job):
         main = sys.modules['__main__'] = type(sys)('__main__')
         exec(compile(what, '<string>', 'exec'), main.__dict__)
     elif option == '-m':
+        if what == 'torch.distributed.run': torchrun_forks(int(rest[rest.index('--nproc-per-node') + 1]))
+        else: fork_servers_fork()
         sys.path.insert(0, os.getcwd())
         runpy.run_module(what, run_name='__main__', alter_sys=True)
     else:
@@ -190,24 +256,28 @@ def become(job):
         runpy.run_path(what, run_name='__main__')
 
 
+def to_the_end(act):
+    "Call a function as the program of this process, and end with its exit code"
+    code = 1
+    try:
+        act()
+        code = 0
+    except SystemExit as e:
+        if isinstance(e.code, str): print(e.code, file=sys.stderr)
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        import traceback
+        traceback.print_exc() # papermill reports a failed cell so
+    finally:
+        import threading
+        for hook in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush): hook() # as at the end of python
+        os._exit(code)
+
+
 def supervise(job):
     "Fork the program, tell its number, wait, and leave its exit code where the test looks"
     program = os.fork()
-    if program == 0:
-        code = 1
-        try:
-            become(job)
-            code = 0
-        except SystemExit as e:
-            if isinstance(e.code, str): print(e.code, file=sys.stderr)
-            code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        except BaseException:
-            import traceback
-            traceback.print_exc() # papermill reports a failed cell so
-        finally:
-            import threading
-            for hook in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush): hook() # as at the end of python
-            os._exit(code)
+    if program == 0: to_the_end(lambda: become(job))
     print(program, flush=True)
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     made = Path(job['status'] + '.tmp')
@@ -222,6 +292,7 @@ def serve():
     for name in IMPORTED: importlib.import_module(name)
     import torch
     torch.set_num_threads(1)
+    gc.freeze() # no fork looks for garbage among what was imported here
     signal.signal(signal.SIGCHLD, signal.SIG_IGN) # nobody waits for the supervisors
     for line in sys.stdin:
         if os.fork() == 0:

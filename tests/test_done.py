@@ -1,5 +1,5 @@
 "A finished run stays finished: nothing is made again, nothing is lost, more steps go on where that is possible"
-import hashlib, shutil, subprocess, sys
+import hashlib, shutil
 from pathlib import Path
 import pytest
 from drift_rae.distill import main, start
@@ -7,7 +7,7 @@ from drift_rae.engine.files import RunFolder
 from drift_rae.engine.parameters import ParameterError
 from drift_rae.imagenet.stage1 import start_stage1
 from drift_rae.imagenet.stage2 import start_flow
-from programs import environment
+from programs import run
 
 SMALL = dict(n_class=2, n_pos=8, n_neg=4, n_extra_neg=4, steps=4, nproc=1)
 CONSTANT = dict(SMALL, changes='lr=(1e-5,1e-5)')
@@ -111,7 +111,6 @@ def test_torchrun_on_a_finished_run(finished):
     "As a requeued job: exit 0, nothing changes, a message"
     before = content(finished)
     given = [w for k, v in dict(SMALL, nproc=0, monitor_every=2, out=finished).items() for w in (f'--{k}', str(v)) if k != 'nproc']
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'drift_rae.distill', *given],
-                          env=environment(), capture_output=True, text=True)
+    done = run(['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'drift_rae.distill', *given])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('nothing is made again') == 1 and content(finished) == before

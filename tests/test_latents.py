@@ -119,10 +119,10 @@ def once(rae, photographs, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def start():
-    "Start writers quickly: a fork server that has imported this file already"
+    "Start writers quickly: a fork server that has imported this file already, and what the first network on `meta` imports"
     os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get('PYTHONPATH', '')])
     context = get_context('forkserver')
-    context.set_forkserver_preload(['test_latents'])
+    context.set_forkserver_preload(['test_latents', 'torch._dynamo'])
     def begin(*args, world=2, **kwargs):
         writers = [context.Process(target=write, args=(rank, world, *args), kwargs=kwargs) for rank in range(world)]
         for w in writers: w.start()

@@ -87,8 +87,7 @@ def test_what_cannot_be_started_is_refused(arguments, keywords, sentence):
     with pytest.raises(ParameterError, match=sentence): launch(*arguments, **keywords)
 
 def test_torchrun(tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'launched', str(tmp_path/'out.json')]
-    done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+    done = run(['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'launched', tmp_path/'out.json'], HERE)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path/'out.json').read_text())
     assert found['world'] == 2 and found['share'] == [0, 2, 4, 6, 8] and found['said'] == 'from 1'

@@ -58,7 +58,7 @@ def ends(process, family, folder):
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 @pytest.mark.parametrize('way', list(WAYS))
 def test_a_signal_to_the_program(way, name, tmp_path):
-    process, family = begin(way, tmp_path, fork=name != 'SIGTERM' and way != 'torchrun') # torchrun's processes start by themselves
+    process, family = begin(way, tmp_path, fork=name != 'SIGTERM')
     process.send_signal(getattr(signal, name))
     ends(process, family, tmp_path)
     assert process.returncode != 0
@@ -72,7 +72,7 @@ def test_a_signal_to_papermills_kernel(name, tmp_path):
 
 @pytest.mark.parametrize('way', ['two', 'torchrun', 'papermill', 'papermill two'])
 def test_a_killed_parent(way, tmp_path):
-    process, family = begin(way, tmp_path, fork='papermill' in way)
+    process, family = begin(way, tmp_path, fork=way != 'two')
     process.kill()
     ends(process, family, tmp_path)
 
