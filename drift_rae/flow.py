@@ -9,7 +9,7 @@ __all__ = ['guided_velocity', 'one_step', 'sample', 'check_flow', 'FlowConfig', 
            'sample_euler', 'sample_heun']
 
 # %% ../nbs/05_flow.ipynb #05f4c883
-import copy, os
+import copy, math, os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,14 @@ def _labels(labels, z):
         return labels.to(z.device) # the network compares them with its classes
     return check_labels(labels, n=len(z)).to(z.device)
 
+def _parts(model, z, labels):
+    "Noises and labels in parts whose activations stay in a processor's cache"
+    labels, numbers = _labels(labels, z), max(1, math.prod(z.shape[1:]))
+    # a gradient is summed in one order; with FSDP all processes call the network alike
+    whole = torch.is_grad_enabled() or hasattr(model, 'set_requires_gradient_sync')
+    n = max(1, len(z)) if whole or z.device.type != 'cpu' else max(128, 2**16//numbers)
+    return list(zip(z.split(n), labels.split(n)))
+
 # %% ../nbs/05_flow.ipynb #9fd3f56e
 def one_step(
     model:nn.Module, # (x, t, y) -> velocity
@@ -95,8 +103,9 @@ def one_step(
     labels, # N class numbers
 )->Tensor: # latents [N, C, h, w]
     "Equation (8): G(z) = z - v(z, 1)"
-    t = torch.ones(len(z), device=z.device)
-    with _no_label_dropout(model): return z - model(z, t, _labels(labels, z))
+    def generate(x, y): return x - model(x, torch.ones(len(x), device=x.device), y)
+    parts = _parts(model, z, labels)
+    with _no_label_dropout(model): return torch.cat([generate(x, y) for x, y in parts])
 
 # %% ../nbs/05_flow.ipynb #6161ff7c
 @torch.no_grad()
@@ -118,10 +127,13 @@ def sample(
     check_tensor(z, 'N C h w', 'noise', finite=True)
     if shift is not None: check_positive(shift=shift)
     if shift is None: shift = getattr(model, 'shift', None) or default_shift(z.shape[1:])
-    labels, grid = _labels(labels, z), time_grid(steps, shift).to(z.device)
-    def velocity(x, t):
-        return guided_velocity(model, x, t.expand(len(x)), labels, guidance, interval, guide)
-    with _no_label_dropout(model, guide): return SAMPLERS[method](velocity, z, grid, callback)
+    grid = time_grid(steps, shift).to(z.device)
+    def solve(z, y):
+        def velocity(x, t):
+            return guided_velocity(model, x, t.expand(len(x)), y, guidance, interval, guide)
+        return SAMPLERS[method](velocity, z, grid, callback)
+    parts = [(z, _labels(labels, z))] if callback else _parts(model, z, labels)
+    with _no_label_dropout(model, guide): return torch.cat([solve(*p) for p in parts])
 
 # %% ../nbs/05_flow.ipynb #829be176
 def check_flow(
