@@ -9,7 +9,7 @@ __all__ = ['guided_velocity', 'one_step', 'sample', 'check_flow', 'FlowConfig', 
            'sample_euler', 'sample_heun']
 
 # %% ../nbs/05_flow.ipynb #05f4c883
-import copy, math, os
+import copy, os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from .networks.released import OFFICIAL_TEACHERS, official_teacher
 from .networks.hub import hub_folder, is_repository, read_checkpoint
 from .parts.paths import (
     SAMPLERS, T_MAX, StepDraws, default_shift, flow_draw, flow_loss, flow_path, flow_velocity,
-    sample_euler, sample_heun, sample_time, time_grid, time_shift)
+    in_parts, sample_euler, sample_heun, sample_time, time_grid, time_shift)
 _all_ = ['DiTDH', 'preset', 'T_MAX', 'SAMPLERS', 'flow_path', 'flow_velocity', 'time_shift',
     'default_shift', 'sample_time', 'flow_draw', 'flow_loss', 'time_grid', 'sample_euler',
     'sample_heun']
@@ -88,14 +88,6 @@ def _labels(labels, z):
         return labels.to(z.device) # the network compares them with its classes
     return check_labels(labels, n=len(z)).to(z.device)
 
-def _parts(model, z, labels):
-    "Noises and labels in parts whose activations stay in a processor's cache"
-    labels, numbers = _labels(labels, z), max(1, math.prod(z.shape[1:]))
-    # a gradient is summed in one order; with FSDP all processes call the network alike
-    whole = torch.is_grad_enabled() or hasattr(model, 'set_requires_gradient_sync')
-    n = max(1, len(z)) if whole or z.device.type != 'cpu' else max(128, 2**16//numbers)
-    return list(zip(z.split(n), labels.split(n)))
-
 # %% ../nbs/05_flow.ipynb #9fd3f56e
 def one_step(
     model:nn.Module, # (x, t, y) -> velocity
@@ -104,8 +96,7 @@ def one_step(
 )->Tensor: # latents [N, C, h, w]
     "Equation (8): G(z) = z - v(z, 1)"
     def generate(x, y): return x - model(x, torch.ones(len(x), device=x.device), y)
-    parts = _parts(model, z, labels)
-    with _no_label_dropout(model): return torch.cat([generate(x, y) for x, y in parts])
+    with _no_label_dropout(model): return in_parts(generate, z, _labels(labels, z), model)
 
 # %% ../nbs/05_flow.ipynb #6161ff7c
 @torch.no_grad()
@@ -122,18 +113,15 @@ def sample(
     callback:Callable=None, # called with (i, t, x) at every grid point
 )->Tensor: # latents [N, C, h, w]
     "Solve the flow's ODE from noise to data on the official time grid"
-    check_choice(SAMPLERS, method=method)
-    steps = check_whole(1, 10**6, steps=steps)
+    _, steps = check_choice(SAMPLERS, method=method), check_whole(1, 10**6, steps=steps)
     check_tensor(z, 'N C h w', 'noise', finite=True)
     if shift is not None: check_positive(shift=shift)
     if shift is None: shift = getattr(model, 'shift', None) or default_shift(z.shape[1:])
-    grid = time_grid(steps, shift).to(z.device)
+    labels, grid = _labels(labels, z), time_grid(steps, shift).to(z.device)
     def solve(z, y):
-        def velocity(x, t):
-            return guided_velocity(model, x, t.expand(len(x)), y, guidance, interval, guide)
-        return SAMPLERS[method](velocity, z, grid, callback)
-    parts = [(z, _labels(labels, z))] if callback else _parts(model, z, labels)
-    with _no_label_dropout(model, guide): return torch.cat([solve(*p) for p in parts])
+        v = lambda x, t: guided_velocity(model, x, t.expand(len(x)), y, guidance, interval, guide)
+        return SAMPLERS[method](v, z, grid, callback)
+    with _no_label_dropout(model, guide): return in_parts(solve, z, labels, model, callback)
 
 # %% ../nbs/05_flow.ipynb #829be176
 def check_flow(
