@@ -55,7 +55,7 @@ def processes_for(
 
 # %% ../../nbs/parts/05e_workers.ipynb #cd210610
 PRELOAD = ('drift_rae.distill', 'drift_rae.worlds.judge', 'drift_rae.metrics.neighbours',
-           'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg')
+           'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg', 'timm')
 _prepared = []
 
 # %% ../../nbs/parts/05e_workers.ipynb #ac68bfb2
