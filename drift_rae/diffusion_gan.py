@@ -83,6 +83,7 @@ def _practical(x, pos, neg, tau, y_softmax=False, own=False):
     p, q = (L.softmax(1) for L in logits)
     return p@pos - q@neg # x drops out
 
+# %% ../nbs/01_diffusion_gan.ipynb #685d4444
 def practical_field(
     x:Tensor, # points [n, D]
     pos:Tensor, # real samples [N, D]

@@ -78,6 +78,7 @@ def _run_folder(config, flow, out, seed, store):
     # else the rate falls over all steps
     return RunFolder(out, identity, 'flow.steps' if flow.lr[0] == flow.lr[1] else '')
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #d086858f
 def run_flow(
     model:str, # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     flow:FlowConfig, # how to train
@@ -125,6 +126,7 @@ def _finished_losses(folder, steps):
     if is_finished(folder): return [r['loss'] for r in finished_rows(folder, steps)]
     folder.locked = None # the processes lock it again
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #97f36c59
 def _launched(*args, **options):
     "`launch`, with copies of workers that are prepared, if there are any"
     before = launch.START
@@ -132,6 +134,7 @@ def _launched(*args, **options):
     try: return launch.launch(*args, **options)
     finally: launch.START = before
 
+# %% ../../nbs/imagenet/06_stage2.ipynb #6d89a165
 def start_flow(
     model:str='tiny', # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     out:str='', # output folder; empty: runs/teacher_ and the name of the model

@@ -90,6 +90,7 @@ def _t_test(x, side):
     if side == 'two-sided': return 2*special.stdtr(n - 1, -abs(t))
     return special.stdtr(n - 1, t if side == 'less' else -t)
 
+# %% ../../nbs/metrics/06_verdicts.ipynb #919bcace
 def _p_values(d, says):
     "p-values for 'the claim holds' and 'it does not', of log ratios in the claim's direction"
     if says != 'equal': return _t_test(d, 'greater'), _t_test(d - SMALLEST, 'less')

@@ -143,6 +143,7 @@ def _with_gradients(model):
         if p.grad is None: p.grad = torch.zeros_like(p)
         yield p.grad
 
+# %% ../../nbs/networks/06_cost.ipynb #50998d3e
 @functools.lru_cache(1) # the passes of a plan share it
 def _network(name, fake):
     "A network, and the mode in which tensors have no content if it is a fake one"

@@ -292,6 +292,7 @@ def _encode_digits(autoencoder):
         latents = torch.cat([autoencoder.encode(x, **drawn) for x in images.split(1024)])
     return sort_by_class(latents, labels, 10)
 
+# %% ../../nbs/worlds/02d_latents.ipynb #5512d0d8
 _encoded = {} # the last encoder that draws nothing -> its store
 
 def _store_of_digits(autoencoder):
