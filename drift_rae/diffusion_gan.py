@@ -74,6 +74,16 @@ def mean_distance(
     return ((torch.cdist(x, pos).mean()+torch.cdist(x, neg).mean())/2).item()
 
 # %% ../nbs/01_diffusion_gan.ipynb #2baac1bc
+def _practical(x, pos, neg, tau, y_softmax=False, own=False):
+    "`practical_field`, without a look at its inputs"
+    to_pos, to_neg = torch.cdist(x, pos), torch.cdist(x, neg)
+    if own: to_neg = to_neg.clone().fill_diagonal_(math.inf)
+    logits = [-d/tau for d in (to_pos, to_neg)]
+    if y_softmax: logits = [L-L.logsumexp(0, keepdim=True)/2 for L in logits]
+    p, q = (L.softmax(1) for L in logits)
+    return p@pos - q@neg # x drops out
+
+# %% ../nbs/01_diffusion_gan.ipynb #685d4444
 def practical_field(
     x:Tensor, # points [n, D]
     pos:Tensor, # real samples [N, D]
@@ -84,12 +94,7 @@ def practical_field(
 )->Tensor: # [n, D]
     "Equation (11) without normalisation, at free points"
     _check(x, tau, 1, pos=pos, neg=neg)
-    to_pos, to_neg = torch.cdist(x, pos), torch.cdist(x, neg)
-    if own: to_neg = to_neg.clone().fill_diagonal_(math.inf)
-    logits = [-d/tau for d in (to_pos, to_neg)]
-    if y_softmax: logits = [L-L.logsumexp(0, keepdim=True)/2 for L in logits]
-    p, q = (L.softmax(1) for L in logits)
-    return p@pos - q@neg # x drops out
+    return _practical(x, pos, neg, tau, y_softmax, own)
 
 # %% ../nbs/01_diffusion_gan.ipynb #da40e779
 def compare_fields(

@@ -29,7 +29,7 @@ from .networks.released import OFFICIAL_TEACHERS, official_teacher
 from .networks.hub import hub_folder, is_repository, read_checkpoint
 from .parts.paths import (
     SAMPLERS, T_MAX, StepDraws, default_shift, flow_draw, flow_loss, flow_path, flow_velocity,
-    sample_euler, sample_heun, sample_time, time_grid, time_shift)
+    in_parts, sample_euler, sample_heun, sample_time, time_grid, time_shift)
 _all_ = ['DiTDH', 'preset', 'T_MAX', 'SAMPLERS', 'flow_path', 'flow_velocity', 'time_shift',
     'default_shift', 'sample_time', 'flow_draw', 'flow_loss', 'time_grid', 'sample_euler',
     'sample_heun']
@@ -95,8 +95,8 @@ def one_step(
     labels, # N class numbers
 )->Tensor: # latents [N, C, h, w]
     "Equation (8): G(z) = z - v(z, 1)"
-    t = torch.ones(len(z), device=z.device)
-    with _no_label_dropout(model): return z - model(z, t, _labels(labels, z))
+    def generate(x, y): return x - model(x, torch.ones(len(x), device=x.device), y)
+    with _no_label_dropout(model): return in_parts(generate, z, _labels(labels, z), model)
 
 # %% ../nbs/05_flow.ipynb #6161ff7c
 @torch.no_grad()
@@ -113,15 +113,15 @@ def sample(
     callback:Callable=None, # called with (i, t, x) at every grid point
 )->Tensor: # latents [N, C, h, w]
     "Solve the flow's ODE from noise to data on the official time grid"
-    check_choice(SAMPLERS, method=method)
-    steps = check_whole(1, 10**6, steps=steps)
+    _, steps = check_choice(SAMPLERS, method=method), check_whole(1, 10**6, steps=steps)
     check_tensor(z, 'N C h w', 'noise', finite=True)
     if shift is not None: check_positive(shift=shift)
     if shift is None: shift = getattr(model, 'shift', None) or default_shift(z.shape[1:])
     labels, grid = _labels(labels, z), time_grid(steps, shift).to(z.device)
-    def velocity(x, t):
-        return guided_velocity(model, x, t.expand(len(x)), labels, guidance, interval, guide)
-    with _no_label_dropout(model, guide): return SAMPLERS[method](velocity, z, grid, callback)
+    def solve(z, y):
+        v = lambda x, t: guided_velocity(model, x, t.expand(len(x)), y, guidance, interval, guide)
+        return SAMPLERS[method](v, z, grid, callback)
+    with _no_label_dropout(model, guide): return in_parts(solve, z, labels, model, callback)
 
 # %% ../nbs/05_flow.ipynb #829be176
 def check_flow(

@@ -1,5 +1,6 @@
 "ONNX files against PyTorch; what is said when a package is missing"
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,10 @@ def test_the_teachers_velocity(velocity, n):
     label[0] = teacher.null_label
     with torch.no_grad(): wanted = teacher(x, t, label)
     torch.testing.assert_close(ran(session, x=x, t=t, label=label), wanted, atol=1e-5, rtol=0)
+
+
+def test_the_files_of_the_live_page_are_small(session, velocity):
+    assert sum(Path(s._model_path).stat().st_size for s in (session, velocity[0])) < 5e6 # the decoder is a part of the generator
 
 
 def test_a_generator_with_sd_vae(runtime, tmp_path):

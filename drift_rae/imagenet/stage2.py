@@ -19,6 +19,7 @@ from ..engine.files import RunFolder, versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
 from ..worlds.latents import describe_store, latent_store
 from ..parts.monitor import Monitor
+from ..parts.workers import start_method
 from ..engine.checkpoints import Checkpoints, finished_rows, is_finished
 import torch
 from torch import Tensor
@@ -70,6 +71,14 @@ def _save_teacher(path, config, average, whole, losses, seed, flow):
     save_teacher(path, teacher, losses, seed=seed, flow=asdict(flow), versions=versions())
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #8890edcb
+def _run_folder(config, flow, out, seed, store):
+    "The output folder of a run, with what the run is"
+    same = replace(flow, at_once=0, readers=min(1, flow.readers)) # larger ones change no result
+    identity = dict(model=config, flow=asdict(same), seed=seed, latents=describe_store(store))
+    # else the rate falls over all steps
+    return RunFolder(out, identity, 'flow.steps' if flow.lr[0] == flow.lr[1] else '')
+
+# %% ../../nbs/imagenet/06_stage2.ipynb #d086858f
 def run_flow(
     model:str, # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     flow:FlowConfig, # how to train
@@ -93,16 +102,13 @@ def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_ever
     "`run_flow`, with threads and random state as the run needs them"
     out, device, small = Path(out), launch.device(), model in SMALL
     store, config, rae = flow_parts(model, latents, autoencoder)
-    same = replace(flow, at_once=0, readers=min(1, flow.readers)) # larger ones change no result
-    identity = dict(model=config, flow=asdict(same), seed=seed, latents=describe_store(store))
-    grows = 'flow.steps' if flow.lr[0] == flow.lr[1] else '' # else the rate falls over all steps
-    folder = RunFolder(out, identity, grows)
+    folder = _run_folder(config, flow, out, seed, store)
     if is_finished(folder, resume): return [r['loss'] for r in finished_rows(folder, flow.steps)]
     monitor = TeacherMonitor(store, rae and rae.to(device).decode, out,
         monitor_every or max(1, flow.steps//10), samples=samples or (200 if small else 1000),
         precision=flow.precision)
-    checkpoints = Checkpoints(out/'checkpoints', identity, every or (500 if small else 2500),
-                              grows=grows)
+    checkpoints = Checkpoints(out/'checkpoints', folder.identity,
+                              every or (500 if small else 2500), grows=folder.grows)
     average, losses = train_teacher(
         store, config=config, flow=flow, seed=seed, device=device, callback=monitor,
         resume=resume, sharding=sharding, checkpoints=checkpoints, log=out/'log.csv')
@@ -114,6 +120,21 @@ def _run_flow(model, flow, out, seed, resume, latents, autoencoder, monitor_ever
     return losses
 
 # %% ../../nbs/imagenet/06_stage2.ipynb #f68ef670
+def _finished_losses(folder, steps):
+    "The losses of a finished run, for which no processes are started; None for another one"
+    if not folder.file.is_file(): return None
+    if is_finished(folder): return [r['loss'] for r in finished_rows(folder, steps)]
+    folder.locked = None # the processes lock it again
+
+# %% ../../nbs/imagenet/06_stage2.ipynb #97f36c59
+def _launched(*args, **options):
+    "`launch`, with copies of workers that are prepared, if there are any"
+    before = launch.START
+    if start_method() == 'forkserver' and not torch.cuda.is_available(): launch.START = 'forkserver'
+    try: return launch.launch(*args, **options)
+    finally: launch.START = before
+
+# %% ../../nbs/imagenet/06_stage2.ipynb #6d89a165
 def start_flow(
     model:str='tiny', # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
     out:str='', # output folder; empty: runs/teacher_ and the name of the model
@@ -143,10 +164,13 @@ def start_flow(
     given = {k: v for k, v in given.items() if v}
     flow = replace(FlowConfig.preset(model), **given)
     check_share(flow.batch, launch.check_processes(nproc, nnodes, rdzv)*nnodes)
-    flow_parts(model, latents, autoencoder)
+    store, config, _ = flow_parts(model, latents, autoencoder)
     if flow.hold >= flow.steps: flow = replace(flow, hold=flow.steps//20)
     if dry_run: return []
-    return launch.launch(
+    if resume != 'never' and nnodes == 1 and not launch._environment():
+        losses = _finished_losses(_run_folder(config, flow, out, seed, store), flow.steps)
+        if losses is not None: return losses
+    return _launched(
         run_flow, model, flow, str(out), seed=seed, resume=resume, latents=latents,
         autoencoder=autoencoder, monitor_every=monitor_every, samples=samples, sharding=sharding,
         nproc=nproc, nnodes=nnodes, rdzv=rdzv)

@@ -25,7 +25,8 @@ def _squared(a, b):
     for j in range(0, len(b), 4096): # only this many columns are ever copied to float64
         part = b[j:j+4096].double()
         bb = (part**2).sum(1)
-        d[:, j:j+4096] = torch.addmm(aa[:, None] + bb, a, part.T, alpha=-2)
+        columns = d[:, j:j+4096]
+        torch.add(aa[:, None], bb, out=columns).addmm_(a, part.T, alpha=-2)
         largest = max(largest, float(bb.max()))
     bound = 4*(a.shape[1]+4)*torch.finfo(torch.float64).eps*(float(aa.max()) + largest)
     return d, bound
@@ -88,7 +89,7 @@ def _block(columns, memory):
 def ball_radii(
     features, # [N, D]
     k:int=3, # the ball of an image reaches to its k-th nearest neighbour
-    memory:float=.5, # GB for one block of distances
+    memory:float=.05, # GB for one block of distances
 )->torch.Tensor: # float64 [N]
     "Radius of each image's ball, for `precision_recall`"
     k, memory = check_whole(1, k=k), check_positive(memory=memory)
@@ -100,7 +101,7 @@ def precision_recall(
     gen, # generated features [N, D]
     real, # real features [M, D]
     k:int=3, # the ball of an image reaches to its k-th nearest neighbour
-    memory:float=.5, # GB for one block of distances
+    memory:float=.05, # GB for one block of distances
     radii=None, # of the balls of the real images [M], by ball_radii; None: computed
 )->tuple: # (precision, recall)
     "Precision and recall by k-nearest-neighbour balls, in blocks, exact in float64"
@@ -118,7 +119,7 @@ def precision_recall(
 def nearest_neighbours(
     a, # features [N, D]
     b, # features [M, D]
-    memory:float=.5, # GB for one block of distances
+    memory:float=.05, # GB for one block of distances
 )->tuple: # (distance to the nearest row of b [N], its index [N])
     "The row of b that is nearest to each row of a"
     a, b = _pair(a, b, 1)
@@ -135,7 +136,7 @@ class KernelDistance(NamedTuple):
     def __float__(self): return self.mean
 
 # %% ../../nbs/metrics/02_neighbours.ipynb #57ecac08
-def _kernel(a, b): return (a@b.T/a.shape[1] + 1)**3
+def _kernel(a, b): return (a@b.T).div_(a.shape[1]).add_(1).pow_(3)
 
 # %% ../../nbs/metrics/02_neighbours.ipynb #06372dbc
 def _mmd(x, y):

@@ -55,6 +55,7 @@ def step_flops(
     return n_class*(3*n_neg + n_extra_neg)*forward_flops(name, channels)
 
 # %% ../../nbs/networks/06_cost.ipynb #bd5f96d0
+@functools.cache
 def parameters(
     name:str, # tiny, s, b, l or xl
 )->int: # number of trained weights
@@ -139,17 +140,25 @@ def _with_gradients(model):
     for p in model.parameters():
         yield p
         if not p.requires_grad: continue
-        p.grad = torch.zeros_like(p)
+        if p.grad is None: p.grad = torch.zeros_like(p)
         yield p.grad
+
+# %% ../../nbs/networks/06_cost.ipynb #50998d3e
+@functools.lru_cache(1) # the passes of a plan share it
+def _network(name, fake):
+    "A network, and the mode in which tensors have no content if it is a fake one"
+    mode = FakeTensorMode() if fake else nullcontext()
+    with mode: model = DiTDH(**preset(name)).eval()
+    if fake: model._check = _no_check
+    return model, mode
 
 # %% ../../nbs/networks/06_cost.ipynb #7607a007
 @functools.cache
 def _bytes_of_pass(name, n, gradient, recompute, precision, fake):
     "What `forward_backward` returns"
     half = torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16')
-    with FakeTensorMode() if fake else nullcontext():
-        model = DiTDH(**preset(name)).eval()
-        if fake: model._check = _no_check
+    model, mode = _network(name, fake)
+    with mode:
         model.checkpointing, x = recompute, _inputs(model, n)
         known = [*_with_gradients(model), *model.buffers(), *x]
         with Held(known) as counted, torch.set_grad_enabled(gradient):
@@ -190,6 +199,7 @@ def _autoencoder(name):
     encoder, decoder = ('tiny', 'tiny') if name == 'tiny' else ('dinov2', 'xl')
     return make_encoder(encoder), RAEDecoder(DECODERS[decoder])
 
+@functools.cache
 def autoencoder_bytes(
     name:str, # tiny, s, b, l or xl
 )->int: # bytes
@@ -197,6 +207,7 @@ def autoencoder_bytes(
     with torch.device('meta'): parts = _autoencoder(name)
     return 4*sum(p.numel() for m in parts for p in m.parameters())
 
+@functools.cache
 def decode_bytes(
     name:str, # tiny, s, b, l or xl
     n:int=10, # latents

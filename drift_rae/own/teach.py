@@ -19,7 +19,7 @@ from ..imagenet.stage2 import start_flow
 from ..networks.cost import H100, forward_flops, parameters, step_flops
 from .encode import autoencoder_of
 from ..parts.recipe import config_for
-from ..parts.workers import processes_for
+from ..parts.workers import may_start_workers, prepare_workers, processes_for
 from ..worlds.latents import read_manifest
 
 # %% ../../nbs/own/05_teach.ipynb #1347bcc4
@@ -99,7 +99,7 @@ def flow_processes(
 )->int: # for start_flow
     "Processes of a teacher's training: for a small model on a CPU one for each core, up to 4"
     if nproc or model not in SMALL or torch.cuda.is_available(): return nproc
-    return processes_for(batch, min(4, processes_for(1024)))
+    return processes_for(batch, min(4, processes_for(1024))) if may_start_workers() else 1
 
 def teach(
     latents:str, # folder written by encode
@@ -124,8 +124,10 @@ def teach(
     of = of or autoencoder_of(latents)
     print(f'teacher {model}: {shape[0]} latents of {shape[2]} x {shape[3]} tokens with '
           f'{shape[1]} channels, {steps} updates of {batch}', flush=True)
+    nproc = flow_processes(model, batch, nproc)
+    if nproc > 1 and not torch.cuda.is_available(): prepare_workers() # the distillation's, too
     start_flow(model, out, seed, steps, batch, precision=precision, resume=resume,
-               nproc=flow_processes(model, batch, nproc), latents=str(latents),
+               nproc=nproc, latents=str(latents),
                autoencoder=of,
                monitor_every=max(min(steps, 4), steps//4), samples=60 if model in SMALL else 0)
     return str(Path(out)/'teacher.safetensors')

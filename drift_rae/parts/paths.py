@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T_MAX', 'SAMPLERS', 'flow_path', 'flow_velocity', 'time_shift', 'default_shift', 'sample_time', 'flow_draw',
-           'flow_loss', 'time_grid', 'sample_euler', 'sample_heun', 'StepDraws']
+           'flow_loss', 'time_grid', 'sample_euler', 'sample_heun', 'in_parts', 'StepDraws']
 
 # %% ../../nbs/parts/02e_paths.ipynb #7c36ae95
 import math, time
@@ -152,6 +152,20 @@ def sample_heun(
     return x
 
 SAMPLERS = dict(euler=sample_euler, heun=sample_heun)
+
+# %% ../../nbs/parts/02e_paths.ipynb #b81e4f09
+def in_parts(
+    function:Callable, # (z, labels) -> tensor [n, ...], each row from its own noise and label
+    z:Tensor, # noise [N, C, h, w]
+    labels:Tensor, # [N], int64
+    model=None, # the network that is called
+    whole:bool=False, # everything at once in any case
+)->Tensor: # [N, ...]
+    "A function of noises and labels, on a processor without gradients for a part after the other"
+    whole = whole or torch.is_grad_enabled() or z.device.type != 'cpu'
+    if whole or hasattr(model, 'set_requires_gradient_sync'): return function(z, labels)
+    n = max(128, 2**16//max(1, math.prod(z.shape[1:])))
+    return torch.cat([function(*part) for part in zip(z.split(n), labels.split(n))])
 
 # %% ../../nbs/parts/02e_paths.ipynb #252c1ab4
 class StepDraws:

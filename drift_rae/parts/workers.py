@@ -55,7 +55,7 @@ def processes_for(
 
 # %% ../../nbs/parts/05e_workers.ipynb #cd210610
 PRELOAD = ('drift_rae.distill', 'drift_rae.worlds.judge', 'drift_rae.metrics.neighbours',
-           'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg')
+           'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg', 'timm')
 _prepared = []
 
 # %% ../../nbs/parts/05e_workers.ipynb #ac68bfb2
@@ -68,10 +68,12 @@ def may_start_workers()->bool:
     except OSError: return False
 
 # %% ../../nbs/parts/05e_workers.ipynb #7454a3f5
-def prepare_workers():
+def prepare_workers(
+    asked:bool=False, # a number of processes was given: also with one core, and in any program
+):
     "Start the fork server, which imports in the background; nothing happens with one core"
     if _prepared or 'forkserver' not in multiprocessing.get_all_start_methods(): return
-    if physical_cores() < 2 or not may_start_workers(): return
+    if not asked and (physical_cores() < 2 or not may_start_workers()): return
     from multiprocessing import forkserver
     multiprocessing.get_context('forkserver').set_forkserver_preload(list(PRELOAD))
     forkserver.ensure_running()
@@ -111,6 +113,7 @@ def share_work(
 )->list: # the results, in order
     "`[function(item) for item in items]`, over several processes"
     if check_whole(1, processes=processes) == 1: return [function(item) for item in items]
+    prepare_workers(asked=True)
     context = multiprocessing.get_context(start_method())
     work = [pickle.dumps((function, item)) for item in items]
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
@@ -139,7 +142,7 @@ def as_they_end(
 # %% ../../nbs/parts/05e_workers.ipynb #6b9d7fca
 def _shared(function, waiting, processes):
     "`as_they_end` with several processes; an input is taken when a process is free"
-    prepare_workers()
+    prepare_workers(asked=True)
     context, running = multiprocessing.get_context(start_method()), {}
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
         while True:

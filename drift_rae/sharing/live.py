@@ -14,7 +14,7 @@ from torch import Tensor
 from ..autoencoder import RAE
 from ..engine.files import write_json
 from ..engine.parameters import check_real, check_shape, check_tensor, check_whole
-from ..flow import load_teacher, time_grid
+from ..flow import DiTDH, load_teacher, time_grid
 from ..parts.generator import OneStepGenerator
 from .onnx import export_decoder, export_velocity
 
@@ -55,10 +55,12 @@ TEACHER_POINTS = 9 # of the teacher's time grid; 8 evaluations
 
 def write_models(
     folder:str|Path, # of the site's live part
+    generator:OneStepGenerator=None, # None: the miniature's, as its teacher
+    teacher:DiTDH=None,
 ):
     "Write the miniature's generator, teacher and decoder as ONNX, and models.json about all files"
-    folder, generator = Path(folder), OneStepGenerator.from_pretrained('tiny')
-    teacher, rae = load_teacher('tiny'), RAE.from_pretrained('tiny')
+    folder, generator = Path(folder), generator or OneStepGenerator.from_pretrained('tiny')
+    teacher, rae = teacher or load_teacher('tiny'), RAE.from_pretrained('tiny')
     files = [generator.export_onnx(folder/'generator.onnx'),
              export_velocity(teacher, folder/'teacher.onnx'),
              export_decoder(rae, folder/'decoder.onnx')]

@@ -45,7 +45,9 @@ class Judge(nn.Module):
         "Features [N, 64] before the scale, of images [N, 3, 16, 16] in [0, 1], else ValueError"
         check_tensor(images, 'N 3 16 16', 'images')
         images = check_images(images).to(self.head.weight.dtype)
-        return self.body(images.mean(1, keepdim=True)).mean((2, 3))
+        # parts whose maps stay in the processor's cache; in training the batch is one
+        parts = [images] if self.training else images.split(256)
+        return torch.cat([self.body(x.mean(1, keepdim=True)).mean((2, 3)) for x in parts])
 
     def features(self, images:Tensor)->Tensor:
         "Features [N, 64], float32, of images [N, 3, 16, 16] in [0, 1]"
@@ -107,8 +109,8 @@ def judge_extractor(
     "The judge in the form that the metrics use: uint8 images in, features and class scores out"
     judge = load_judge(weights or 'tiny').to(device).eval()
     def run(x):
-        x = x.float()/255
-        return dict(features=judge.features(x), logits=judge(x))
+        pooled = judge.pooled(x.float()/255)
+        return dict(features=pooled/judge.scale, logits=judge.head(pooled))
     dims = judge.features(torch.zeros(1, 3, 16, 16, device=device)).shape[1]
     return Extractor(name, run, dims, hash_weights(judge.state_dict()), 'none', device, 16)
 

@@ -292,6 +292,21 @@ def _encode_digits(autoencoder):
         latents = torch.cat([autoencoder.encode(x, **drawn) for x in images.split(1024)])
     return sort_by_class(latents, labels, 10)
 
+# %% ../../nbs/worlds/02d_latents.ipynb #5512d0d8
+_encoded = {} # the last encoder that draws nothing -> its store
+
+def _store_of_digits(autoencoder):
+    "What `_encode_digits` gives, computed once in a process for the same encoder; always a copy"
+    if 'generator' in inspect.signature(autoencoder.encode).parameters:
+        return _encode_digits(autoencoder)
+    device = next(autoencoder.parameters()).device
+    key = type(autoencoder), str(device), json.dumps(describe_encoder(autoencoder))
+    if key not in _encoded:
+        _encoded.clear()
+        _encoded[key] = _encode_digits(autoencoder)
+    kept = _encoded[key]
+    return LatentStore(kept.latents.clone(), kept.counts)
+
 # %% ../../nbs/worlds/02d_latents.ipynb #c15e929b
 def latent_store(
     model:str='tiny', # 'tiny', or an ImageNet size
@@ -304,7 +319,7 @@ def latent_store(
     if path: return open_latents(path, autoencoder, dtype=dtype)
     if model != 'tiny': raise ParameterError(f'model={model!r} needs the latents of ImageNet: '
         'give latents=FOLDER, written by nbs/imagenet/02_folders.ipynb')
-    return _encode_digits(autoencoder or RAE.from_pretrained('tiny'))
+    return _store_of_digits(autoencoder or RAE.from_pretrained('tiny'))
 
 # %% ../../nbs/worlds/02d_latents.ipynb #69921cd4
 def describe_store(
