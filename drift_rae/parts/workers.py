@@ -55,7 +55,8 @@ def processes_for(
 
 # %% ../../nbs/parts/05e_workers.ipynb #cd210610
 PRELOAD = ('drift_rae.distill', 'drift_rae.worlds.judge', 'drift_rae.metrics.neighbours',
-           'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg', 'timm')
+           'matplotlib.pyplot', 'sklearn.neighbors', 'scipy.linalg', 'timm',
+           'torch._dynamo') # AdamW imports the last one
 _prepared = []
 
 # %% ../../nbs/parts/05e_workers.ipynb #ac68bfb2
