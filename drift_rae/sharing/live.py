@@ -55,8 +55,8 @@ TEACHER_POINTS = 9 # of the teacher's time grid; 8 evaluations
 
 def write_models(
     folder:str|Path, # of the site's live part
-    generator:OneStepGenerator=None, # None: the miniature's, as its teacher
-    teacher:DiTDH=None,
+    generator:OneStepGenerator=None, # None: the miniature's
+    teacher:DiTDH=None, # None: the miniature's
 ):
     "Write the miniature's generator, teacher and decoder as ONNX, and models.json about all files"
     folder, generator = Path(folder), generator or OneStepGenerator.from_pretrained('tiny')
