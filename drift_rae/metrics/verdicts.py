@@ -11,7 +11,7 @@ __all__ = ['SMALLEST', 'LEVEL', 'WORDS', 'NO_POWER', 'paired_ratios', 'percent',
 import functools, math
 from dataclasses import dataclass, replace
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, stats
 from ..engine.figures import markdown_table
 from ..engine.parameters import (
     ParameterError, check_choice, check_positive, check_real, check_whole, shown)
@@ -82,20 +82,12 @@ def holm(
     return np.minimum(1, adjusted)[np.argsort(order)]
 
 # %% ../../nbs/metrics/06_verdicts.ipynb #e817271e
-def _t_test(x, side):
-    "p-values of `scipy.stats.ttest_1samp(x, 0)`, to the bit and without its looks at the input"
-    n, d = len(x), x - x.mean(0)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        t = x.mean(0)/np.sqrt((d**2).mean(0)*(n/(n - 1))/n)
-    if side == 'two-sided': return 2*special.stdtr(n - 1, -abs(t))
-    return special.stdtr(n - 1, t if side == 'less' else -t)
-
-# %% ../../nbs/metrics/06_verdicts.ipynb #919bcace
 def _p_values(d, says):
     "p-values for 'the claim holds' and 'it does not', of log ratios in the claim's direction"
-    if says != 'equal': return _t_test(d, 'greater'), _t_test(d - SMALLEST, 'less')
-    inside = np.maximum(_t_test(d + SMALLEST, 'greater'), _t_test(d - SMALLEST, 'less'))
-    return inside, _t_test(d, 'two-sided')
+    def test(x, side): return stats.ttest_1samp(x, 0, alternative=side).pvalue
+    if says != 'equal': return test(d, 'greater'), test(d - SMALLEST, 'less')
+    inside = np.maximum(test(d + SMALLEST, 'greater'), test(d - SMALLEST, 'less'))
+    return inside, test(d, 'two-sided')
 
 # %% ../../nbs/metrics/06_verdicts.ipynb #634cb69a
 def _word(mean, says, holds, fails):
