@@ -29,7 +29,7 @@ from .parts.recipe import RULES, DistillConfig, changed, config_for, resolve
 from .parts.step import (
     check_null, check_world, drift_step, make_student, maps_of, step_labels, step_samples)
 from .parts.workers import (
-    may_start_workers, prepare_workers, processes_for, start_method)
+    are_prepared, may_start_workers, prepare_workers, processes_for)
 from .worlds.reading import Ahead
 from .engine.checkpoints import Checkpoints, finished_rows, is_finished
 from .engine.training import ema_decay, ema_update, train
@@ -251,15 +251,6 @@ def dry(
               f'with a gradient of norm {x.grad.norm():.3g}')
     return []
 
-# %% ../nbs/06_distill.ipynb #698a0e04
-def _launched(config, out, nproc, parts, **options):
-    "Start `run` on all processes; fresh ones, or copies from the fork server"
-    before = launch.START
-    if not torch.cuda.is_available(): launch.START = start_method()
-    out = str(Path(out).absolute()) # a worker may be in another folder
-    try: return launch.launch(run, config, out, nproc=nproc, **parts, **options)
-    finally: launch.START = before
-
 # %% ../nbs/06_distill.ipynb #9a36a0f4
 def keep_others_out(
     out:str|Path, # output folder
@@ -298,8 +289,10 @@ def execute(
             check_store(config, parts['store'])
         about = dict(model=model, preset=preset)
         if parts['teacher'] == 'fresh': about['teacher'] = 'fresh'
-        return _launched(config, out, nproc, parts, seed=seed, resume=resume, about=about,
-                         stop_above=stop_above, nnodes=nnodes, rdzv=rdzv)
+        return launch.launch( # a worker may be in another folder
+            run, config, str(Path(out).absolute()), **parts, seed=seed, resume=resume, about=about,
+            stop_above=stop_above, nproc=nproc, nnodes=nnodes, rdzv=rdzv,
+            prepared=are_prepared())
 
 # %% ../nbs/06_distill.ipynb #d77c4b12
 def start(

@@ -1,8 +1,10 @@
 "Own images: every mode, data sets in their true layout, encoders by name, stopped runs, and the chapter's commands"
+import io
 import json
 import pickle
 import re
 import shlex
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from PIL import Image
 from drift_rae.autoencoder import RAE
 from drift_rae.commands.command import load_command, main, summary
 from drift_rae.distill import OneStepGenerator
+from drift_rae.engine import checkpoints
 from drift_rae.engine.command import make_parser
 from drift_rae.engine.parameters import ParameterError
-from drift_rae.own import encoders
+from drift_rae.own import encoders, vae
 from drift_rae.own.encode import autoencoder_of, coloured_digits, encode
 from drift_rae.own.pictures import Pictures, dataset_folder, to_rgb
 from drift_rae.own.run import run
@@ -146,11 +149,42 @@ def test_an_encoder_of_timm_from_a_file(pictures, tmp_path):
     assert torch.equal(rae.encoder.network.state_dict()['conv_stem.weight'], stem)
 
 
+@pytest.mark.parametrize('encoder', ['own', 'vae'])
+def test_a_stopped_training_of_an_encoder_continues_to_the_same_latents(pictures, tmp_path, monkeypatch, encoder):
+    options = dict(encoder=encoder, size=16, channels=8, decoder_steps=4, encoder_steps=4*(encoder == 'own'))
+    for module in (encoders, vae): monkeypatch.setattr(module, 'Checkpoints', lambda *a, every: checkpoints.Checkpoints(*a, every=2))
+    encode(str(pictures), out=str(tmp_path/'whole'), **options)
+    save = checkpoints.Checkpoints._save_now
+    def stop(self, step, state):
+        save(self, step, state)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(checkpoints.Checkpoints, '_save_now', stop)
+        encode(str(pictures), out=str(tmp_path/'stopped'), **options)
+    name = dict(own='encoder', vae='vae')[encoder]
+    assert not (tmp_path/'stopped'/name/'done.json').exists()
+    with redirect_stdout(io.StringIO()) as said: encode(str(pictures), out=str(tmp_path/'stopped'), **options)
+    assert f'{name} from 2: 2/2' in said.getvalue() # it went on
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, two = (RAE.from_pretrained(autoencoder_of(tmp_path/n)).encode(x) for n in ('whole', 'stopped'))
+    assert torch.equal(one, two)
+
+
+def test_a_vae_is_a_latent_space_like_the_others(pictures, tmp_path):
+    "A teacher and a generator are made in it"
+    run(str(pictures), out=str(tmp_path), model='nano', encoder='vae', size=16, channels=8, decoder_steps=2, teach_steps=2, steps=2, nproc=1)
+    rae = RAE.from_pretrained(autoencoder_of(tmp_path/'latents'))
+    assert rae.latent_shape == (8, 4, 4)
+    assert rae.latent_mean is None and rae.latent_var.unique().numel() == 1 # one scalar, as for SD-VAE
+    assert OneStepGenerator.from_pretrained(tmp_path).sample([0, 1], seed=0).shape == (2, 3, 16, 16)
+
+
 def test_what_is_refused(pictures, tmp_path):
     for options, words in [
-            (dict(encoder='timn:resnet18'), 'accepted is own, timm:NAME'), (dict(size=31), 'accepted is a multiple of 4'),
+            (dict(encoder='timn:resnet18'), 'accepted is own, vae, timm:NAME'), (dict(size=31), 'accepted is a multiple of 4'),
             (dict(dataset='cifar10'), 'give either images'), (dict(encoder='tiny', size=32), 'makes pictures of 16 pixels'),
-            (dict(encoder='timm:resnet18', layers='a'), "layers='a'"), (dict(size=-1), 'size=-1'), (dict(resume='no'), "resume='no'")]:
+            (dict(encoder='timm:resnet18', layers='a'), "layers='a'"), (dict(size=-1), 'size=-1'), (dict(resume='no'), "resume='no'"),
+            (dict(encoder='vae', layers='2'), 'encoder=vae does not use it'), (dict(encoder='vae', encoder_steps=3), 'encoder=vae does not use it')]:
         with pytest.raises(ParameterError, match=re.escape(words)): encode(str(pictures), out=str(tmp_path/'x'), **options)
     with pytest.raises(ParameterError, match='there is no such folder'): encode(str(tmp_path/'none'))
     with pytest.raises(ParameterError, match='expected a folder with shards'): teach(str(tmp_path/'none'))

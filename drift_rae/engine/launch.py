@@ -22,8 +22,7 @@ from torch import Tensor
 from .parameters import ParameterError, check_whole
 from .machines import (
     hang_up_when_lost, one_signal, silence_launcher, watch_machines)
-from .progress import (
-    _signals, catch_signals, follow_parent, outlive_parent, spread)
+from .progress import _signals, catch_signals, follow_parent, outlive_parent, spread
 _all_ = ['spread', 'catch_signals']
 
 # %% ../../nbs/engine/07_launch.ipynb #76863ea1
@@ -258,28 +257,27 @@ def _end_children():
 
 # %% ../../nbs/engine/07_launch.ipynb #76d41f0d
 GRACE = 120 # seconds to save and end after SIGTERM or Ctrl-C (30 where torch has no such setting)
-START = 'spawn' # how processes start; a fork server where the program has prepared one
+START = 'spawn' # how processes start where the caller does not say
 _launches = 0 # of this program so far
 _first = True # whether the last launch had rank 0 on this machine
 
-def _config(folder, nproc, nnodes, rdzv):
-    "Settings: c10d, spawn, no restarts, rank 0 on the console and the others' output in files"
+def _config(folder, nproc, nnodes, rdzv, prepared):
+    "Settings: c10d, no restarts, rank 0 on the console and the others' output in files"
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
     global _launches
     _launches += 1
-    known = {f.name for f in fields(LaunchConfig)}
-    optional = dict(shutdown_timeout=GRACE) if 'shutdown_timeout' in known else {}
+    optional = {f.name: GRACE for f in fields(LaunchConfig) if f.name == 'shutdown_timeout'}
     quiet = {i: Std.ALL for i in range(1, nproc)}
     return LaunchConfig(
         min_nodes=nnodes, max_nodes=nnodes, nproc_per_node=nproc, max_restarts=0,
-        start_method=START, rdzv_backend='c10d', rdzv_endpoint=rdzv or 'localhost:0',
+        start_method='forkserver' if prepared else START, rdzv_backend='c10d',
+        rdzv_endpoint=rdzv or 'localhost:0', local_addr='localhost' if nnodes == 1 else None,
         run_id=f"{os.environ.get('SLURM_JOB_ID', 'drift_rae')}_{_launches}",
-        local_addr='localhost' if nnodes == 1 else None,
         logs_specs=DefaultLogsSpecs(f'{folder}/logs', redirects=quiet), **optional)
 
 # %% ../../nbs/engine/07_launch.ipynb #80870357
-def _spawn(work, nproc, nnodes, rdzv):
+def _spawn(work, nproc, nnodes, rdzv, prepared=False):
     "Run packed work in new processes; returns the value of this machine's first rank"
     global _first
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -287,7 +285,8 @@ def _spawn(work, nproc, nnodes, rdzv):
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           _keep_handlers(), silence_launcher(), one_signal(), _end_children(), outlive_parent(),
           hang_up_when_lost(folder, rdzv)):
-        try: values = elastic_launch(_config(folder, nproc, nnodes, rdzv), _worker)(folder, work)
+        config = _config(folder, nproc, nnodes, rdzv, prepared)
+        try: values = elastic_launch(config, _worker)(folder, work)
         except (ChildFailedError, RendezvousError) as e:
             raise _why(folder, e, nproc*nnodes) from None
         except SignalException as e:
@@ -336,6 +335,7 @@ def launch(
     nproc:int=0, # processes on this machine; 0 = its visible GPUs, or 1 on the CPU
     nnodes:int=1, # machines; on each of them the same call is made
     rdzv:str='', # host:port of one of the machines; needed if there are several
+    prepared:bool=False, # start by the fork server, which the caller has prepared
     **kwargs,
 ): # what fn returned on rank 0 (other machines: their first rank; torchrun, Slurm: this process)
     "Call a function in nproc x nnodes processes that form a group; a failure of one is raised here"
@@ -347,4 +347,4 @@ def launch(
         return fn(*args, **kwargs) if world == 1 else record(fn)(*args, **kwargs)
     nproc = check_processes(nproc, nnodes, rdzv)
     if nproc*nnodes == 1: return fn(*args, **kwargs)
-    return _spawn(_pack(fn, args, kwargs), nproc, nnodes, rdzv)
+    return _spawn(_pack(fn, args, kwargs), nproc, nnodes, rdzv, prepared)

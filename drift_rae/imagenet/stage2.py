@@ -19,7 +19,7 @@ from ..engine.files import RunFolder, versions
 from ..flow import DiTDH, FlowConfig, preset, sample, save_teacher, train_teacher
 from ..worlds.latents import describe_store, latent_store
 from ..parts.monitor import Monitor
-from ..parts.workers import start_method
+from ..parts.workers import are_prepared
 from ..engine.checkpoints import Checkpoints, finished_rows, is_finished
 import torch
 from torch import Tensor
@@ -126,14 +126,6 @@ def _finished_losses(folder, steps):
     if is_finished(folder): return [r['loss'] for r in finished_rows(folder, steps)]
     folder.locked = None # the processes lock it again
 
-# %% ../../nbs/imagenet/06_stage2.ipynb #97f36c59
-def _launched(*args, **options):
-    "`launch`, with copies of workers that are prepared, if there are any"
-    before = launch.START
-    if start_method() == 'forkserver' and not torch.cuda.is_available(): launch.START = 'forkserver'
-    try: return launch.launch(*args, **options)
-    finally: launch.START = before
-
 # %% ../../nbs/imagenet/06_stage2.ipynb #6d89a165
 def start_flow(
     model:str='tiny', # 'tiny', 'nano', 'mini', 's', 'b', 'l' or 'xl'
@@ -170,7 +162,7 @@ def start_flow(
     if resume != 'never' and nnodes == 1 and not launch._environment():
         losses = _finished_losses(_run_folder(config, flow, out, seed, store), flow.steps)
         if losses is not None: return losses
-    return _launched(
+    return launch.launch(
         run_flow, model, flow, str(out), seed=seed, resume=resume, latents=latents,
         autoencoder=autoencoder, monitor_every=monitor_every, samples=samples, sharding=sharding,
-        nproc=nproc, nnodes=nnodes, rdzv=rdzv)
+        nproc=nproc, nnodes=nnodes, rdzv=rdzv, prepared=are_prepared())

@@ -30,6 +30,7 @@ def _transformer(arch, norm_eps, **options):
     vit.norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False)
     for m in vit.modules():
         if isinstance(m, nn.LayerNorm): m.eps = norm_eps
+    vit.fc_norm.requires_grad_(False) # tokens are taken before it: nothing would ever train it
     return vit
 
 # %% ../../nbs/networks/01_vit.ipynb #a60071fc

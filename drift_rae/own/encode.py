@@ -25,6 +25,7 @@ from .encoders import (
     fit_encoder, held_out, kind_of, own_encoder, prepare_encoder, psnr, quality_words,
     reconstruction_sheet, train_own_decoder, train_small_encoder, with_statistics)
 from .pictures import Pictures, check_pictures, dataset_folder, read_pictures
+from .vae import own_vae, train_own_vae
 from ..worlds.latents import _remove_store, read_manifest
 
 # %% ../../nbs/own/04_encode.ipynb #f66c09c2
@@ -42,8 +43,9 @@ def _check_bool(options):
     check_parameters(dict(options, flip=int(options['flip'])), **dict(ENCODE_RULES, flip=(0, 1)))
     check_output(options['out'], folder=True)
     kind = kind_of(options['encoder'])
-    users = dict(patch=('own',), channels=('own', 'timm'), weights=('timm',), layers=('timm',),
-                 grid=('timm',), view=('timm',))
+    users = dict(patch=('own', 'vae'), channels=('own', 'vae', 'timm'), weights=('timm',),
+                 layers=('timm',), grid=('timm',), view=('timm',),
+                 networks=('own', 'timm', 'rae'), encoder_steps=('own', 'timm', 'rae'))
     for name, kinds in users.items():
         if kind not in kinds and options[name] not in ('', 0, '-1'): raise ParameterError(
             f"{name}={options[name]}: encoder={options['encoder']} does not use it")
@@ -60,7 +62,7 @@ def default_size(
     encoder:str, # as given with --encoder
 )->int: # pixels
     "The side of the pictures where none is given; 0: the released decoder's"
-    return dict(own=32, timm=128, rae=0)[kind_of(encoder)]
+    return dict(own=32, vae=32, timm=128, rae=0)[kind_of(encoder)]
 
 def _released(name, size):
     "A whole autoencoder, and the side of its pictures"
@@ -82,12 +84,15 @@ def _trained(o, network, pixels, labels, out, about):
     "Encoder and decoder trained on pictures, uint8 [N, 3, size, size]; `o`: the options by name"
     images = pixels.float()/255
     common = dict(about=about, seed=o['seed'], resume=o['resume'])
+    steps = o['decoder_steps'] or DECODER_STEPS
+    if kind_of(o['encoder']) == 'vae':
+        config = own_vae(o['size'], o['channels'], o['patch'])
+        return train_own_vae(images, config, out/'vae', steps=steps, **common)
     if kind_of(o['encoder']) == 'own':
         config = own_encoder(o['size'], o['channels'], o['patch'])
         network = train_small_encoder(images, labels, config, out/'encoder',
                                       steps=o['encoder_steps'] or 150, **common)
     else: fit_encoder(network, images[_some(len(images), o['seed'])])
-    steps = o['decoder_steps'] or DECODER_STEPS
     decoder = train_own_decoder(network, pixels, out/'decoder', steps=steps,
                                 networks=o['networks'], **common)
     return with_statistics(network, decoder, images).cpu()
@@ -158,16 +163,16 @@ IMAGES = Param('folder with one folder of pictures for each class', str, opt=Fal
 
 def encode(
     images:IMAGES='', # folder with one folder of pictures for each class
-    encoder:str='own', # own, a released RAE (dinov2-b), the folder of an RAE, or timm:NAME
+    encoder:str='own', # own, vae, a released RAE (dinov2-b), the folder of an RAE, or timm:NAME
     out:str='runs/own/latents', # folder for the latents
-    size:int=0, # side of the pictures in pixels; 0: 32 for own, 128 for timm
+    size:int=0, # side of the pictures in pixels; 0: 32 for own and vae, 128 for timm
     layers:str='-1', # timm: feature maps that are joined, such as 2,3
-    channels:int=0, # numbers of a token; 0: 32 to 96 for own by its patch, 64 for timm
-    patch:int=0, # own: pixels per side of a token; 0: at most 4 x 4 tokens, 8 x 8 beyond 32 px
+    channels:int=0, # numbers of a token; 0: 32 to 96 by the patch, 64 for timm
+    patch:int=0, # pixels per side of a token; 0: at most 4 x 4 tokens, 8 x 8 beyond 32 px
     weights:str='', # timm: a file with the network's weights; empty: from the Hub
     networks:str='', # folder with the weights of LPIPS and the discriminator; empty: without
     encoder_steps:int=0, # updates of an own encoder; 0: 150
-    decoder_steps:int=0, # updates of the decoder; 0: 2400
+    decoder_steps:int=0, # updates of the decoder, or of the VAE; 0: 2400
     flip:bool=False, # also store the mirror images
     dataset:str='', # cifar10, flowers102 or imagenette, by torchvision, instead of a folder
     root:str='data', # where torchvision puts a data set

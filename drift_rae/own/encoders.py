@@ -87,14 +87,14 @@ def train_small_encoder(
 # %% ../../nbs/own/03_encoders.ipynb #79a4652b
 def kind_of(
     name:str, # as given with --encoder
-)->str: # own, timm or rae
+)->str: # own, vae, timm or rae
     "Which kind of encoder a name means; ParameterError for another name"
     if not isinstance(name, str): name = shown(name)
-    if name == 'own': return 'own'
+    if name in ('own', 'vae'): return name
     if name.startswith('timm:') and name != 'timm:': return 'timm'
     if name in OFFICIAL_RAES or name == 'tiny' or os.path.isdir(name): return 'rae'
-    raise ParameterError(f'encoder={name!r}: accepted is own, timm:NAME, the folder of an RAE, or '
-                         f"one of {', '.join(OFFICIAL_RAES)}")
+    raise ParameterError(f'encoder={name!r}: accepted is own, vae, timm:NAME, the folder of an '
+                         f"RAE, or one of {', '.join(OFFICIAL_RAES)}")
 
 def _numbers(layers):
     "'2,3' -> [2, 3]"
@@ -159,7 +159,7 @@ def prepare_encoder(
         name = o['encoder'].removeprefix('timm:')
         return open_timm(name, size, o['layers'], o['channels'], o['weights'], o.get('grid', 0),
                          o.get('view', 0))
-    if kind == 'own':
+    if kind in ('own', 'vae'):
         with torch.device('meta'): build_encoder(own_encoder(size, o['channels'], o['patch']))
 
 # %% ../../nbs/own/03_encoders.ipynb #9f13f0a5
