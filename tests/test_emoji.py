@@ -22,8 +22,9 @@ from drift_rae.flow import load_teacher
 from drift_rae.second import emoji as drawn
 from drift_rae.second import world as second
 from drift_rae.metrics.distances import within_class_variance
+from drift_rae.own import vae as own_vae
 from drift_rae.own.judge import load_picture_judge, nearest_pixels
-from drift_rae.second import measure, tables
+from drift_rae.second import measure, tables, vae
 from drift_rae.parts.bench import Row
 from drift_rae.parts.generator import OneStepGenerator
 from drift_rae.tuned import SEARCH_SEED, run_tuned, searched, stored_run
@@ -253,6 +254,25 @@ def test_other_pictures_and_another_encoder_are_refused(made, published, tmp_pat
     with pytest.raises(ParameterError, match='was fitted for .* accepted'): tables.WorldBench(home, weights)
     (other/'pictures/train/bar').joinpath('broken.png').write_bytes(b'no picture')
     with pytest.raises(ParameterError, match='1 pictures cannot be read, such as .*broken.png'): tables.WorldBench(other, whole)
+
+
+def test_a_vae_is_compared_with_the_features(made, published, tmp_path, monkeypatch):
+    (home, rows), weights = made, published[0]/'weights'
+    monkeypatch.setattr(vae, 'emoji', lambda out: None) # the pictures are there, with another number of copies
+    monkeypatch.setattr(vae, 'OPTIONS', dict(vae.OPTIONS, channels=16))
+    found = vae.compare(str(home), 2, str(tmp_path), str(weights))
+    assert json.loads((tmp_path/'emoji_vae.json').read_text()) == found
+    held_out = found['rows']['features']['held out']
+    assert held_out == found['rows']['VAE']['held out']
+    assert held_out['fd'] == pytest.approx(rows['held out']['fd'], rel=.02) # judges in half precision
+    assert found['rows']['features']['reconstructions']['fd'] != found['rows']['VAE']['reconstructions']['fd']
+    for space in ('features', 'VAE'):
+        assert set(found['geometry'][space]) == {*vae.NORMALISATIONS, 'classes'} and 0 < found['psnr'][space] < 40
+    def never(*a, **k): raise AssertionError('trained again')
+    monkeypatch.setattr(own_vae, 'train_vae', never)
+    assert vae.world_vae(home, 2).latent_shape == (16, 4, 4)
+    with pytest.raises(AssertionError, match='again'): vae.world_vae(home, 2, resume='never')
+    with pytest.raises(ParameterError, match="steps=0"): vae.compare(str(home), 0)
 
 
 def test_the_command_of_the_tables_names_what_it_accepts(capsys):
