@@ -262,6 +262,7 @@ def test_a_vae_is_compared_with_the_features(made, published, tmp_path, monkeypa
     monkeypatch.setattr(vae, 'OPTIONS', dict(vae.OPTIONS, channels=16))
     found = vae.compare(str(home), 2, str(tmp_path), str(weights))
     assert json.loads((tmp_path/'emoji_vae.json').read_text()) == found
+    assert Image.open(tmp_path/'emoji_vae.png').size == (2*64, 3*64)
     held_out = found['rows']['features']['held out']
     assert held_out == found['rows']['VAE']['held out']
     assert held_out['fd'] == pytest.approx(rows['held out']['fd'], rel=.02) # judges in half precision
