@@ -93,6 +93,7 @@ def start_method()->str: # as multiprocessing calls it
     "How this process starts others: 'forkserver' once the workers are prepared, else 'spawn'"
     return 'forkserver' if _prepared else 'spawn'
 
+# %% ../../nbs/parts/05e_workers.ipynb #4ec1ac1c
 def are_prepared()->bool: # `prepared` of launch
     "Whether `launch` can copy prepared workers, which have no GPU"
     import torch

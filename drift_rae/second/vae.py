@@ -59,6 +59,13 @@ def normalised_as(
         z = (z.double() @ directions).float()
     return (z - z.mean(0))/z.std(0).clamp(min=1e-6)
 
+# %% ../../nbs/second/06_vae.ipynb #6118c887
+def _statistics(z, labels):
+    "Statistics of Tables 1 and 2 of tokens [N, T, D]"
+    flat = z.flatten(1)
+    return dict(pr=participation_ratio(z, labels), se=spectral_entropy(z, labels),
+                nn=nn_distance(flat, labels), smmd=spherical_mmd(flat, labels))
+
 # %% ../../nbs/second/06_vae.ipynb #66568260
 @torch.no_grad()
 def space_rows(
@@ -68,12 +75,8 @@ def space_rows(
 )->dict: # normalisation -> pr, se, nn, smmd; with each channel also probe and nearest
     "Statistics of Tables 1 and 2 in the encoder's tokens, and how well classes are found in them"
     def tokens(x): return torch.cat([encoder(b).flatten(2).mT for b in x.split(64)])
-    z, rows = tokens(train[0]), {}
-    for how in NORMALISATIONS:
-        x = normalised_as(z, how)
-        flat = x.flatten(1)
-        rows[how] = dict(pr=participation_ratio(x, train[1]), se=spectral_entropy(x, train[1]),
-                         nn=nn_distance(flat, train[1]), smmd=spherical_mmd(flat, train[1]))
+    z = tokens(train[0])
+    rows = {how: _statistics(normalised_as(z, how), train[1]) for how in NORMALISATIONS}
     mean, spread = z.mean(0), z.std(0).clamp(min=1e-6)
     a, b = (((t - mean)/spread).flatten(1) for t in (z, tokens(test[0])))
     found = {f.__name__: f(a, train[1], b, test[1]) for f in (linear_probe, nearest_class)}
@@ -95,6 +98,17 @@ def reconstruction_rows(
     with atomic(path) as f:
         Image.fromarray((255*sheet).round().byte().numpy()).save(f, format='PNG', optimize=True)
 
+# %% ../../nbs/second/06_vae.ipynb #8ff9e484
+def _measured(home, folder, spaces, drawings):
+    "Reconstructions by the published judges, decibels and geometry; the digest of the VAE"
+    judge, second = (load_picture_judge(folder, name) for name in ('judge', 'second_judge'))
+    world = World(home, judge, second=second)
+    sets = [(x.float()/255, y) for x, y in drawings]
+    return dict(vae=sha256_of(home/'vae/vae/decoder.safetensors')[:16],
+                rows={n: real_rows(world, rae) for n, rae in spaces.items()},
+                psnr={n: psnr(rae, world.held) for n, rae in spaces.items()},
+                geometry={n: space_rows(rae.encoder, *sets) for n, rae in spaces.items()})
+
 # %% ../../nbs/second/06_vae.ipynb #29c010ae
 def compare(
     home:str='runs/emoji', # folder for pictures, weights of the encoder's network, and the VAE
@@ -111,14 +125,8 @@ def compare(
     emoji(str(home/'pictures'))
     spaces = dict(features=world_autoencoder(lite0_weights(home), folder),
                   VAE=world_vae(home, steps, seed, resume))
-    judges = [load_picture_judge(folder, name) for name in ('judge', 'second_judge')]
-    world = World(home, judges[0], second=judges[1])
     drawings = [unaltered(home/'pictures'/name) for name in ('train', 'held_out')]
-    sets = [(x.float()/255, y) for x, y in drawings]
-    found = dict(steps=steps, seed=seed, vae=sha256_of(home/'vae/vae/decoder.safetensors')[:16],
-                 rows={n: real_rows(world, rae) for n, rae in spaces.items()},
-                 psnr={n: psnr(rae, world.held) for n, rae in spaces.items()},
-                 geometry={n: space_rows(rae.encoder, *sets) for n, rae in spaces.items()})
+    found = dict(steps=steps, seed=seed, **_measured(home, folder, spaces, drawings))
     place = Path(results or project_path('nbs/results'))
     reconstruction_rows(spaces, *drawings[1], place/'emoji_vae.png')
     write_json(place/'emoji_vae.json', found)
