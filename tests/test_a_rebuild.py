@@ -5,7 +5,8 @@ twelve minutes of a core, so what they gave is stored in fixtures/rebuild.json b
 on: the code, the cells that run it, the versions of the libraries and the kind of processor. `python tests/test_a_rebuild.py`
 runs everything and writes that file. Where the digest is the stored one, a test runs the first updates of each training and
 compares their losses with the stored ones; the rest of it would be the stored run again. Where it is another one, as after a
-change of the code, the trainings are run whole, but for the teacher, of which the first quarter is."""
+change of the code, the trainings are run whole as well, but for the teacher, of which the first quarter is: the whole of it is
+a slow test."""
 import ast
 import json
 import platform
@@ -127,8 +128,10 @@ def train_quarter(folder):
     return folder
 
 @pytest.fixture(scope='module')
-def rebuilt(tmp_path_factory):
-    if not is_stored(): return rebuild_all(tmp_path_factory.mktemp('rebuilt'))
+def all_rebuilt(tmp_path_factory): return rebuild_all(tmp_path_factory.mktemp('rebuilt'))
+
+@pytest.fixture(scope='module')
+def rebuilt(request): return None if is_stored() else request.getfixturevalue('all_rebuilt')
 
 @pytest.fixture(scope='module')
 def quarter(tmp_path_factory):
@@ -182,13 +185,11 @@ def figure(name, measure):
 @pytest.mark.parametrize('name', ['encoder', 'decoder', 'vae', 'judge'])
 def test_the_first_losses(name):
     "The draws of each update are the same, so its loss is, up to rounding"
-    if not is_stored(): pytest.skip('the whole trainings are run and judged below')
     made, stored = torch.tensor(the_first()[name]), torch.tensor(record()['first'][name])
     assert len(made) == SHORT and (made/stored - 1).abs().max() < .02
 
 def test_the_teacher_as_a_person_makes_it(tmp_path):
     "Its first updates on latents of the shipped autoencoder, by the notebook"
-    if not is_stored(): pytest.skip('the notebook is run on rebuilt latents below')
     rebuild('05_flow', tmp_path, stop=SHORT)
     ratio = load_weights(tmp_path/'teacher.safetensors')[0]['losses'][:SHORT]/losses(WEIGHTS)[:SHORT]
     assert len(ratio) == SHORT and (ratio - 1).abs().max() < .02
@@ -204,20 +205,18 @@ def test_reconstruction_within_one_decibel(rebuilt, name, load):
 def test_the_judge_within_one_percent(rebuilt):
     assert figure('accuracy', lambda: accuracy_of(rebuilt)) > accuracy_of('tiny') - .01
 
-def test_the_losses_of_the_teacher(quarter):
+def test_the_quarter_of_the_teacher(quarter):
     "The draws of each update are the same, so its loss is, up to what rounding has done to the weights until then"
     largest, mean = figure('quarter_losses', lambda: drift_of_losses(quarter))
     assert largest < .05 and mean < .002
+    if quarter: assert frechet(quarter, 'tiny') == pytest.approx(record()['quarter_fd'], rel=.1)
 
-def test_the_averaged_weights_after_a_quarter(quarter):
-    if is_stored(): pytest.skip('what is stored is of this code')
-    assert frechet(quarter, 'tiny') == pytest.approx(record()['quarter_fd'], rel=.1)
+def test_the_stored_finished_teacher_is_within_a_quarter(): assert record()['fd'] < 1.25*record()['fd_shipped']
 
-def test_the_finished_teacher_within_a_quarter(rebuilt, tmp_path, request):
-    if not is_stored() and 'slow' not in request.config.option.markexpr:
-        pytest.skip('slow: the stored training is of other code; run with -m "slow or not slow"')
-    made = figure('fd', lambda: frechet(rebuild('05_flow', tmp_path, autoencoder=rebuilt), rebuilt))
-    assert made < 1.25*figure('fd_shipped', lambda: frechet(WEIGHTS, 'tiny'))
+@pytest.mark.slow
+def test_the_finished_teacher_within_a_quarter(all_rebuilt, tmp_path):
+    rebuild('05_flow', tmp_path, autoencoder=all_rebuilt)
+    assert frechet(tmp_path, all_rebuilt) < 1.25*frechet(WEIGHTS, 'tiny')
 
 def test_another_code_is_another_digest():
     "A change of code counts, one of comments and docstrings does not"
