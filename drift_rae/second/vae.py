@@ -21,7 +21,7 @@ from ..geometry import (
 from ..own.encode import autoencoder_of, encode
 from ..own.encoders import psnr
 from ..own.judge import load_picture_judge
-from ..own.layers import linear_probe, nearest_class
+from ..own.layers import linear_probe, nearest_class, normalised
 from .emoji import emoji
 from .measure import World, real_rows
 from .world import (
@@ -74,11 +74,9 @@ def space_rows(
     test:tuple, # the same of pictures that nothing is fitted to
 )->dict: # normalisation -> pr, se, nn, smmd; with each channel also probe and nearest
     "Statistics of Tables 1 and 2 in the encoder's tokens, and how well classes are found in them"
-    def tokens(x): return torch.cat([encoder(b).flatten(2).mT for b in x.split(64)])
-    z = tokens(train[0])
+    z = torch.cat([encoder(x).flatten(2).mT for x in train[0].split(64)])
     rows = {how: _statistics(normalised_as(z, how), train[1]) for how in NORMALISATIONS}
-    mean, spread = z.mean(0), z.std(0).clamp(min=1e-6)
-    a, b = (((t - mean)/spread).flatten(1) for t in (z, tokens(test[0])))
+    a, b = (x.flatten(1) for x in normalised(encoder, train[0], test[0])) # each channel
     found = {f.__name__: f(a, train[1], b, test[1]) for f in (linear_probe, nearest_class)}
     return dict(rows, classes=found)
 
